@@ -1,0 +1,214 @@
+"""The nouns. An experiment is a value that gains facts by becoming the next value.
+
+    Proposal -> Experiment -> Run -> Submission -> Result -> Decision
+
+Every class is frozen and holds JSON-able fields only; `to_json` and `from_json` are exact inverses.
+Missing is None, never 0: zero bits per byte would be the best score there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+# Open enums: a reader meets values it does not know with respect, and treats an unknown status as
+# "not ok" and an unknown verdict as "not a keep".
+RunStatus = Literal["ok", "crash", "timeout", "oom", "invalid", "quarantine", "infrastructure"]
+Verdict = Literal["keep", "discard", "measure", "parked"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one proposal cost. Tokens as the model's API counts them; dollars by the price table."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_read_tokens: int = 0
+    dollars: float = 0.0
+    estimated: bool = False  # a reply broke off: booked at its upper bound
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A researcher's idea: new text for editable files, made against one commit."""
+
+    branch: str
+    base: str  # commit the edit was made from (full sha)
+    files: Mapping[str, str]  # editable path -> its whole new text; empty for a baseline
+    description: str  # one line, for people
+    researcher: str  # e.g. "sweep", "anthropic:claude-..."
+    hypothesis: str = ""
+    tags: tuple[str, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    rebased_from: str | None = None  # experiment whose edit was carried onto a newer base
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """No proposal now. `until` is UTC ISO 8601 (None: the researcher has nothing more to say)."""
+
+    reason: str
+    until: str | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One commit: one edited program on one parent."""
+
+    id: str  # "e0042", unique in the campaign
+    branch: str
+    commit: str  # full sha, under refs/autoresearch/<campaign>/<id>
+    base: str  # the commit it was made on
+    parent: str | None  # experiment id of `base` (None for a baseline)
+    description: str
+    researcher: str
+    program_sha256: str  # of program.md as the researcher saw it
+    hypothesis: str = ""
+    tags: tuple[str, ...] = ()
+    lines_added: int = 0
+    lines_removed: int = 0
+    usage: Usage = field(default_factory=Usage)
+    rebased_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run may train: `amount` wall seconds (GPUs) or tokens (CPU, tests)."""
+
+    kind: Literal["wall", "tokens"]
+    amount: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of an experiment. Run k has seed k; a retry of it is another attempt."""
+
+    experiment: str
+    seed: int  # from 1; run k of every experiment has seed k
+    attempt: int  # from 1; grows by infrastructure trouble only
+    budget: Budget
+    scale: str
+
+    @property
+    def id(self) -> str:
+        """'e0042-s1-a1': its ledger key and, with the campaign's name in front, its job's name."""
+        return f"{self.experiment}-s{self.seed}-a{self.attempt}"
+
+    @property
+    def folder(self) -> str:
+        """Its place below campaigns/<campaign>/runs/."""
+        return f"{self.experiment}/s{self.seed}-a{self.attempt}"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run handed to an executor: enough to find it again after the controller was killed."""
+
+    run: str  # Run.id
+    executor: str  # "local", "slurm", "allocation"
+    job: str  # Slurm's job or step id; locally "<pid>@<start time in clock ticks>@<boot id>"
+    node: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: result.json, validated, or what the executor knew in its place."""
+
+    run: str
+    status: str  # RunStatus
+    reason: str  # one line
+    metric: float | None = None  # val_bpb for nanochat
+    node: str | None = None
+    gpu: str | None = None
+    steps: int | None = None
+    tokens: int | None = None  # trained on after the warm-up
+    memory_mb: float | None = None  # host, peak of the tree
+    gpu_memory_mb: float | None = None
+    queue_s: float | None = None
+    startup_s: float | None = None
+    training_s: float | None = None
+    scoring_s: float | None = None
+    total_s: float | None = None
+    started: str | None = None  # UTC ISO 8601
+    ended: str | None = None
+    params: int | None = None  # from the saved weights
+    details: Mapping[str, Any] = field(default_factory=dict)  # the rest of result.json, flat
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok" and self.metric is not None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of an experiment, and the numbers that it rests on."""
+
+    experiment: str
+    verdict: str  # Verdict
+    reason: str  # one line, for people
+    rule: str
+    rule_version: int
+    settings: Mapping[str, Any]
+    numbers: Mapping[str, Any]  # e.g. metric, best, gain, required
+    head: str | None = None  # experiment that headed the branch when it was weighed
+    runs: tuple[str, ...] = ()  # the runs weighed
+
+
+def to_json(value: Any) -> Any:
+    """A plain JSON structure of a value of this module (nested dataclasses become objects)."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[T], data: Mapping[str, Any]) -> T:
+    """The value of class `kind` that `to_json` wrote. Unknown keys of a newer writer are ignored.
+
+    Raises:
+        KeyError: a field without a default is absent.
+    """
+    values = {}
+    for name, hint in _hints(kind).items():
+        if name in data:
+            values[name] = _restore(hint, data[name])
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise KeyError(f"{kind.__name__} without {', '.join(missing)}")
+    return kind(**values)
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    if kind not in _HINTS:  # resolving annotations costs 0.1 ms; a replay reads 100,000 lines
+        _HINTS[kind] = typing.get_type_hints(kind)
+    return _HINTS[kind]
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next((arm for arm in typing.get_args(hint) if arm is not type(None)), hint)
+    if value is not None and dataclasses.is_dataclass(hint):
+        return from_json(hint, value)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
