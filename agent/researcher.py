@@ -1,0 +1,119 @@
+"""Owns what a researcher is: a snapshot of the campaign in, one proposal (or a reason) out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jobs.model import Proposal, Unavailable, Usage
+
+if TYPE_CHECKING:
+    from jobs.history import State
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class Records(Protocol):
+    """What earlier experiments left behind, for reading only. Safe to call from any thread.
+
+    Each returns "" (or no files) where nothing was left: an experiment that never ran has no log.
+    """
+
+    def files(self, experiment: str) -> Mapping[str, str]:
+        """Editable path -> text, as the experiment ran it."""
+        ...
+
+    def diff(self, experiment: str) -> str:
+        """Unified diff of the experiment against the commit that it was made on."""
+        ...
+
+    def log(self, experiment: str, lines: int) -> str:
+        """The last `lines` lines of its latest run's train.log."""
+        ...
+
+    def telemetry(self, experiment: str, lines: int) -> str:
+        """The last `lines` lines of its latest run's telemetry.jsonl."""
+        ...
+
+
+class NoRecords:
+    """Records of a campaign that has none (tests, `--dry-run`)."""
+
+    def files(self, experiment: str) -> Mapping[str, str]:
+        return NOTHING
+
+    def diff(self, experiment: str) -> str:
+        return ""
+
+    def log(self, experiment: str, lines: int) -> str:
+        return ""
+
+    def telemetry(self, experiment: str, lines: int) -> str:
+        return ""
+
+
+def _say_nothing(usage: Usage, doing: str) -> None:
+    """The default of `Context.report`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a researcher may look at besides the folded ledger. Immutable but for `stop`."""
+
+    base: str  # commit that the edit is made from (full sha): the head of the branch
+    files: Mapping[str, str]  # editable path -> its text at `base`
+    program: str  # program.md as it reads now, front matter included
+    scale: str  # the active scale: "cpu", "small", "h100"
+    seed: int  # of the campaign's search (never of a run)
+    number: int  # how many proposals this branch has had, this one not counted
+    metric: str = "val_bpb"
+    direction: str = "lower"  # "lower" or "higher" is better
+    readable: Mapping[str, str] = field(default=NOTHING)  # read-only files, e.g. trainer/prepare.py
+    known: Mapping[str, str] = field(default=NOTHING)  # edit.fingerprint -> experiment that was it
+    records: Records = field(default_factory=NoRecords)
+    stop: threading.Event = field(default_factory=threading.Event)  # set: return within 2 s
+    # Called on the researcher's own thread after each paid reply and before each sleep, with what
+    # this proposal has cost so far and what it does now: a kill in a sleep loses no money's record.
+    report: Callable[[Usage, str], None] = _say_nothing
+
+
+class Researcher(Protocol):
+    """Proposes one experiment at a time. Called from several threads at once, one for each slot.
+
+    Never raises for trouble of its own (no network, no money, broken reply): that is Unavailable.
+    """
+
+    def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable: ...
+
+
+def researcher(settings: Any, **shared: Any) -> Researcher:
+    """The researcher that `settings` (config.agent, or a branch's own) describe.
+
+    `shared`: what all researchers of a campaign have in common (see the classes). Imports are
+    lazy: `autoresearch --help` must not pay for Optuna or the SDK.
+
+    Raises:
+        ValueError: `settings.kind` is none of ours.
+    """
+    if settings.kind == "sweep":
+        from agent.sweep import Sweep
+
+        return Sweep(settings)
+    if settings.kind == "scripted":
+        from agent.scripted import Scripted
+
+        return Scripted(settings)
+    if settings.kind == "anthropic":
+        from agent.backend import Anthropic
+
+        return Anthropic(settings, **shared)
+    if settings.kind == "command":
+        from agent.command import Command
+
+        return Command(settings, **shared)
+    raise ValueError(
+        f"agent.kind is {settings.kind!r}; it can be sweep, scripted, anthropic or command"
+    )
