@@ -1,0 +1,47 @@
+"""The errors that end a command: each says what was attempted, what was seen and what to do."""
+
+from __future__ import annotations
+
+
+class AutoresearchError(Exception):
+    """Something failed and the command ends with `exit_code`; printed without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(AutoresearchError):
+    """Wrong use or wrong settings: nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """campaign.yaml is wrong; the message names every wrong value by its path."""
+
+
+class Paused(AutoresearchError):
+    """The infrastructure stopped the campaign; nothing recorded is lost and a person is needed.
+
+    Args:
+        reason: what was attempted and what was seen, one line.
+        remedy: what to do before `autoresearch run` is called again, one line.
+    """
+
+    exit_code = 3
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}. {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class LedgerBroken(Paused):
+    """A ledger that cannot be what one writer wrote: read no further, guess nothing."""
+
+
+class LeaseHeld(AutoresearchError):
+    """Another controller runs this campaign; the message names its host, process and age."""
+
+
+class Displaced(AutoresearchError):
+    """Another controller took the campaign over: this one must not write any more."""
