@@ -1,0 +1,1 @@
+"""The referee: it owns the clock, the data and the score of a run; train.py owns the rest."""

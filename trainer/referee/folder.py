@@ -1,0 +1,71 @@
+"""The folder that the referee and train.py share: made private, found again when its owner died.
+
+Its name carries its owner (pid and start time), so that a later run can sweep what a SIGKILL left,
+without reading anything that a program could have written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from . import protocol
+
+_NAME = re.compile(r"autoresearch-(\d+)\.(\d+)-[0-9a-f]{16}")
+
+
+def place() -> Path:
+    """Where shared folders live: memory, where the system has such a file system."""
+    shm = Path("/dev/shm")
+    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def make() -> Path:
+    """A new folder of mode 0700 with an unguessable name, holding an empty shared file."""
+    pid = os.getpid()
+    folder = place() / f"autoresearch-{pid}.{start_ticks(pid) or 0}-{secrets.token_hex(8)}"
+    folder.mkdir(mode=0o700)
+    os.close(os.open(folder / protocol.RING_NAME, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    return folder
+
+
+def sweep() -> list[str]:
+    """Remove this user's shared folders whose owner is dead. Returns their names."""
+    swept = []
+    for entry in os.scandir(place()):
+        match = _NAME.fullmatch(entry.name)
+        if not match or not entry.is_dir(follow_symlinks=False):
+            continue
+        pid, ticks = int(match[1]), int(match[2])
+        if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+            continue
+        if (start_ticks(pid) or 0) != ticks if os.path.isdir("/proc/self") else not _alive(pid):
+            shutil.rmtree(entry.path, ignore_errors=True)
+            swept.append(entry.name)
+    return swept
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None when there is no such process.
+
+    With the pid it names a process for as long as the machine is up: pids are used again.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
