@@ -1,4 +1,4 @@
-"""The boundaries: the one function that each side effect goes through, so that tests can kill there.
+"""The boundaries: one function that each side effect goes through, so that tests can kill there.
 
     with effect("ledger.append"):
         os.write(...)
@@ -68,7 +68,7 @@ _COUNTS: Counter[str] = Counter()
 _LOCK = threading.Lock()  # the heartbeat crosses boundaries from its own thread
 
 
-class effect:  # noqa: N801 - read as a statement
+class effect:
     """Context around one side effect; `name` is one of BOUNDARIES.
 
     Raises:
@@ -105,5 +105,5 @@ def _cross(crossing: str) -> None:
                 os.write(fd, f"{crossing}\n".encode())
             finally:
                 os.close(fd)
-        if _KILL_POINT == (crossing, _COUNTS[crossing]):
+        if (crossing, _COUNTS[crossing]) == _KILL_POINT:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from jobs import process
 from jobs.effects import effect
-from jobs.errors import AutoresearchError, Displaced, LeaseHeld, Paused
+from jobs.errors import Displaced, LeaseHeld, Paused
 from jobs.ledger import utc_now
 
 STALE_AFTER_S = 120.0
@@ -27,52 +28,25 @@ STALE_AFTER_S = 120.0
 
 @dataclass(frozen=True)
 class Process:
-    """A process that cannot be taken for another one: its number can be reused, its start not."""
+    """A controller's process, where it cannot be taken for another one with its number."""
 
     host: str
     boot_id: str
     pid: int
-    start_ticks: int  # clock ticks after boot; 0 where the system does not tell (no /proc)
+    start: str  # as jobs.process.start_time
 
 
 def this_process() -> Process:
     """The caller."""
-    return Process(socket.gethostname(), boot_id(), os.getpid(), start_ticks(os.getpid()) or 0)
+    pid = os.getpid()
+    return Process(socket.gethostname(), process.boot_id(), pid, process.start_time(pid) or "")
 
 
-def boot_id() -> str:
-    """Changes with every boot of this host; "" where the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def start_ticks(pid: int) -> int | None:
-    """When `pid` started, in clock ticks after boot; None: no such process (a zombie is none)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the name before may hold blanks and brackets
-    return None if state in "ZX" else int(fields[18])
-
-
-def alive(process: Process) -> bool | None:
-    """Whether it lives; None when that cannot be seen from here (another host)."""
-    if process.host != socket.gethostname():
-        return None
-    if process.boot_id != boot_id():
+def dead(holder: Process) -> bool:
+    """Whether it certainly ended; False also when that cannot be seen from here (another host)."""
+    if holder.host != socket.gethostname():
         return False
-    if process.start_ticks:
-        return start_ticks(process.pid) == process.start_ticks
-    try:
-        os.kill(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return not process.alive(f"{holder.pid}@{holder.start}@{holder.boot_id}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +61,7 @@ class Holder:
 
     def gone(self, stale_after_s: float) -> bool:
         """Whether the campaign may be taken from it."""
-        return self.released or alive(self.process) is False or self.age_s > stale_after_s
+        return self.released or dead(self.process) or self.age_s > stale_after_s
 
     def __str__(self) -> str:
         who = self.process
@@ -276,9 +250,9 @@ def _load(path: Path) -> tuple[dict[str, Any], float] | None:
 
 def _holder(path: Path, data: dict[str, Any], written: float, now: float) -> Holder:
     try:
-        process = Process(*(data[key] for key in ("host", "boot_id", "pid", "start_ticks")))
+        who = Process(*(data[key] for key in ("host", "boot_id", "pid", "start")))
         age_s = max(0.0, now - written)
-        return Holder(process, data["fence"], data["started"], data["released"], age_s)
+        return Holder(who, data["fence"], data["started"], data["released"], age_s)
     except KeyError as error:
         raise _unreadable(path, error) from error
 

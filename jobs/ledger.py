@@ -218,6 +218,11 @@ class Ledger:
             return  # the caller reports the first error; a torn end is cut at the next opening
 
 
+def _line(event: Event) -> bytes:
+    # NaN is no JSON; a missing number is null, so that every reader of the file can parse it
+    return json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
 def sync_folder(folder: Path) -> None:
     """Makes names created or renamed in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
