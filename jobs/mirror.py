@@ -1,0 +1,195 @@
+"""What of a campaign travels with git: notes that read as a lab notebook, records, push and fetch.
+
+With its records a campaign can be rebuilt from git alone, in any clone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs.effects import effect
+from jobs.errors import AutoresearchError, Paused, UserError
+from jobs.names import check_name, records_ref
+from jobs.objects import FILE, TREE, Entry, Objects
+from jobs.repository import RefMoved, Repository
+from jobs.text import lines
+
+NOTES = "refs/notes/autoresearch"
+INCOMING = "refs/notes/incoming/autoresearch"
+CHUNK = 256 << 10  # bytes of ledger in one blob: the last, growing one is stored anew each time
+TRIES = 5
+
+
+def note(repository: Repository, notes: Mapping[str, str]) -> None:
+    """Set notes (commit -> text) of any number of commits, for git log --notes=autoresearch.
+
+    Costs about the same for one as for a hundred, so callers may collect them.
+
+    Raises:
+        Paused: git could not write, or others write notes without pause.
+    """
+    write = repository.objects.write
+    with repository.writing():
+        blobs = {
+            c: write("blob", f"{lines(t)}\n".encode("utf-8", "replace")) for c, t in notes.items()
+        }
+    for _ in range(TRIES):
+        head = repository.objects.resolve(f"{NOTES}^{{commit}}")
+        old = repository.tree(head) if head else None
+        with repository.writing():
+            tree = _with_notes(repository.objects, old, blobs)
+            if tree == old:
+                return
+            new = repository.write_commit(tree, [head] if head else [], "Notes of autoresearch\n")
+        try:
+            with effect("git.notes"):
+                repository.point(NOTES, new, head)
+            return
+        except RefMoved:
+            continue  # another campaign of this clone, or a person, wrote a note meanwhile
+    raise Paused(f"{NOTES} moved {TRIES} times while a note was written", "Start again")
+
+
+def _with_notes(
+    objects: Objects, tree: str | None, notes: Mapping[str, str], top: bool = True
+) -> str:
+    """A notes tree with these blobs, by the rest of the commit's id (git reads any fan-out)."""
+    entries = objects.tree(tree) if tree else {}
+    below: dict[str, dict[str, str]] = {}
+    for name, blob in notes.items():
+        folder = entries.get(name[:2])
+        if top or (folder and folder.mode == TREE):
+            entries.pop(name, None)  # git itself keeps few notes flat; two would be shown as one
+            below.setdefault(name[:2], {})[name[2:]] = blob
+        else:
+            entries[name] = Entry(FILE, blob)
+    for prefix, group in below.items():
+        old = entries[prefix].sha if prefix in entries else None
+        entries[prefix] = Entry(TREE, _with_notes(objects, old, group, top=False))
+    return objects.write_tree(entries)
+
+
+def save_records(repository: Repository, campaign: str, records: Mapping[str, bytes]) -> None:
+    """Keep these records (name or path -> bytes) beside those that are kept already.
+
+    Raises:
+        Paused: git could not write.
+        RefMoved: another controller of the same campaign wrote records.
+    """
+    ref = records_ref(campaign)
+    head = repository.objects.resolve(f"{ref}^{{commit}}")
+    old = repository.tree(head) if head else None
+    with repository.writing():
+        tree = repository.objects.replace_files(old, records)
+        if tree == old:
+            return
+        parents = [head] if head else []
+        new = repository.write_commit(tree, parents, f"Records of campaign {campaign}\n")
+    repository.point(ref, new, head)
+
+
+def load_records(repository: Repository, campaign: str) -> dict[str, bytes]:
+    """All records of a campaign.
+
+    Raises:
+        UserError: this clone holds none.
+    """
+    head = repository.objects.resolve(f"{records_ref(campaign)}^{{commit}}")
+    if head is None:
+        raise UserError(
+            f"this clone holds no records of campaign {campaign!r}; it has {_known(repository)}. "
+            "Get them with autoresearch fetch REMOTE"
+        )
+    files = repository.objects.walk(repository.tree(head))
+    return {path: repository.objects.read(entry.sha)[1] for path, entry in files}
+
+
+def save_ledger(
+    repository: Repository, campaign: str, ledger: Path, others: Mapping[str, bytes] | None = None
+) -> None:
+    """Keep the ledger, in chunks, and other records with it; reads only what is not kept yet."""
+    head = repository.objects.resolve(f"{records_ref(campaign)}^{{commit}}")
+    kept = head and repository.objects.find(repository.tree(head), "ledger")
+    number = max(0, len(repository.objects.tree(kept.sha)) - 1) if kept else 0
+    records = dict(others or {})
+    with open(ledger, "rb") as file:
+        file.seek(number * CHUNK)  # the last one kept may have been half full
+        while chunk := file.read(CHUNK):
+            records[f"ledger/{number:06}"] = chunk
+            number += 1
+    save_records(repository, campaign, records)
+
+
+def load_ledger(repository: Repository, campaign: str) -> bytes:
+    """The campaign's ledger.jsonl as it was when it was last kept. Raises as `load_records`."""
+    records = load_records(repository, campaign)
+    return b"".join(records[name] for name in sorted(records) if name.startswith("ledger/"))
+
+
+def push(repository: Repository, remote: str, campaign: str) -> None:
+    """Send a campaign's branches, attempts, records and the notes to a remote (name or URL).
+
+    Raises:
+        UserError: an odd remote, or nothing to send.
+        AutoresearchError: git's own words; nothing there is ever overwritten.
+    """
+    _check(remote, campaign)
+    if not repository.refs(f"refs/autoresearch/{campaign}"):
+        raise UserError(f"no campaign {campaign!r} in this clone; it has {_known(repository)}")
+    specs = [f"{ref}:{ref}" for ref in _refs(campaign)]
+    if repository.objects.resolve(NOTES):
+        specs.append(f"{NOTES}:{NOTES}")
+    _transfer(repository, remote, ["push", "-q", "--recurse-submodules=no"], specs)
+
+
+def fetch(repository: Repository, remote: str, campaign: str) -> None:
+    """Get a campaign's branches, attempts, records and the notes from a remote (name or URL).
+
+    Notes of both sides are merged; where both have one for a commit, this clone's stays.
+
+    Raises:
+        UserError: an odd remote, or no such campaign there.
+        AutoresearchError: git's own words; nothing here is ever overwritten.
+    """
+    _check(remote, campaign)
+    specs = [f"{ref}:{ref}" for ref in _refs(campaign)] + [f"+{NOTES}*:{INCOMING}*"]
+    # --no-prune: with remote.<name>.prune set, git would delete the attempts not sent there yet
+    command = ["fetch", "-q", "--no-tags", "--no-prune", "--no-recurse-submodules"]
+    _transfer(repository, remote, command, specs)
+    if repository.refs(INCOMING):
+        _merge_notes(repository)
+    if not repository.refs(f"refs/autoresearch/{campaign}"):
+        raise UserError(f"{remote} has no campaign {campaign!r}")
+
+
+def _merge_notes(repository: Repository) -> None:
+    name, _, email = repository.identity.partition(" <")
+    who = ["-c", f"user.name={name}", "-c", f"user.email={email.rstrip('>')}"]
+    repository.git(*who, "notes", "--ref", NOTES, "merge", "-q", "-s", "ours", INCOMING)
+    repository.git("update-ref", "-d", INCOMING)
+
+
+def _refs(campaign: str) -> tuple[str, str]:
+    return f"refs/heads/autoresearch/{campaign}/*", f"refs/autoresearch/{campaign}/*"
+
+
+def _check(remote: str, campaign: str) -> None:
+    check_name("campaign", campaign)
+    if not remote or remote.startswith("-"):
+        raise UserError(f"{remote!r} is no remote: give its name (git remote -v) or its URL")
+
+
+def _known(repository: Repository) -> str:
+    names = {ref.split("/")[2] for ref in repository.refs("refs/autoresearch")}
+    return ", ".join(sorted(names)) or "none"
+
+
+def _transfer(repository: Repository, remote: str, command: list[str], specs: list[str]) -> None:
+    status, _, said = repository.run(*command, "--", remote, *specs)
+    if status != 0:
+        ahead = "non-fast-forward" in said or "fetch first" in said
+        hint = f". The other side has more: autoresearch fetch {remote} first" if ahead else ""
+        failed = f"git {command[0]} {remote} failed: {said}{hint}"
+        raise AutoresearchError(re.sub(r"//[^/@\s]+@", "//", failed))  # passwords in URLs
