@@ -26,19 +26,17 @@ from pydantic.dataclasses import dataclass
 
 from jobs.errors import ConfigError, UserError
 from jobs.model import to_json
+from jobs.names import check_name
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _name(text: str) -> str:
     """A name that is safe as part of a git ref, a folder and a Slurm job's name."""
-    bad = ".." in text or text.endswith((".lock", ".")) or text == "HEAD"
-    if bad or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
-        raise ValueError(
-            "a name is 1 to 64 letters, digits, '.', '_' or '-', begins with a letter "
-            "or digit, has no '..' and does not end with '.' or '.lock'"
-        )
-    return text
+    try:
+        return check_name("The", text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def _time_of_day(value: Any) -> Any:

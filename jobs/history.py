@@ -7,201 +7,41 @@ read back from their ledger lines when somebody asks.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from jobs.errors import LedgerBroken
 from jobs.model import Decision, Experiment, Result, Run, Submission, Usage, from_json
+from jobs.records import (
+    Branch,
+    Event,
+    NodeRun,
+    OpenRun,
+    Place,
+    Record,
+    Request,
+    RunRecord,
+    Vector,
+)
+
+__all__ = [
+    "Branch",
+    "Event",
+    "NodeRun",
+    "OpenRun",
+    "Record",
+    "Request",
+    "RunRecord",
+    "State",
+    "add_usage",
+    "better",
+    "experiment_id",
+    "fold",
+]
 
 RECENT_RUNS = 20  # remembered per node: enough to judge it by, forgiving over a long campaign
-
-Event = Mapping[str, Any]
-# Where an event is: the byte offset of its ledger line, or the event itself if it has none.
-Place = int | Event
-
-
-class RunRecord(NamedTuple):
-    """An ended run, as far as rules and tables need it."""
-
-    seed: int
-    attempt: int
-    purpose: str  # "screen", "confirm"
-    status: str
-    metric: float | None
-    node: str | None
-    preempted: bool
-    n: int  # count of its run_ended event: orders ends
-    place: Place
-
-    @property
-    def ok(self) -> bool:
-        return self.status == "ok" and self.metric is not None
-
-
-class Record(NamedTuple):
-    """An experiment, as far as rules and tables need it; `verdict` is None while undecided."""
-
-    id: str
-    branch: str
-    commit: str
-    base: str
-    parent: str | None
-    description: str
-    tags: tuple[str, ...]
-    lines_added: int
-    lines_removed: int
-    time: str  # UTC of its proposal
-    proposed: Place
-    runs: tuple[RunRecord, ...] = ()
-    verdict: str | None = None
-    status: str | None = None  # "ok", "crash", ...: what the decision took it for
-    metric: float | None = None  # as weighed
-    gain: float | None = None  # over the branch's best when it was weighed; positive is better
-    reason: str | None = None
-    decided: Place | None = None
-
-    @property
-    def net_lines(self) -> int:
-        return self.lines_added - self.lines_removed
-
-
-class NodeRun(NamedTuple):
-    """One ended run on a node; preempted ones are left out."""
-
-    experiment: str
-    died: bool  # of infrastructure
-    n: int  # count of the run_ended event
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    """A run that was intended and has not ended; without `submission` it may not have started."""
-
-    run: Run
-    branch: str
-    purpose: str
-    executor: str
-    name: str
-    folder: str
-    time: str  # UTC of the intent
-    submission: Submission | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A proposal that was asked for and has not come; `reserve` is what it may cost at most."""
-
-    proposal: str
-    branch: str
-    base: str | None
-    slot: int
-    time: str
-    reserve: Usage = field(default_factory=Usage)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One line of work."""
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    baseline: str | None = None  # experiment id, once kept
-    head: str | None = None  # experiment id of the latest keep
-    head_commit: str | None = None
-    best: str | None = None  # experiment id of the best metric among the kept
-    best_metric: float | None = None
-    baseline_metric: float | None = None
-    kept_ids: tuple[str, ...] = ()  # from the baseline to the head
-    experiments: int = 0
-    kept: int = 0
-    discarded: int = 0
-    crashed: int = 0
-    parked: int = 0
-    since_keep: int = 0  # decisions since the latest keep
-    paused: str | None = None  # the reason
-    retired: str | None = None
-    notes: tuple[str, ...] = ()  # what its researcher was told
-    spent: Usage = field(default_factory=Usage)
-    allocated_s: float = 0.0  # seconds that runs held their slot
-    training_s: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        """Whether it wants proposals."""
-        return self.paused is None and self.retired is None
-
-
-class Chunk:
-    """Some records, as values or as their JSON (from a snapshot), each made when first needed."""
-
-    __slots__ = ("_items", "_text")
-
-    def __init__(self, items: list[Record] | None = None, text: bytes | None = None) -> None:
-        self._items, self._text = items, text
-
-    @property
-    def items(self) -> list[Record]:
-        if self._items is None:
-            self._items = [_record(item) for item in json.loads(self._text or b"[]")]
-        return self._items
-
-    @property
-    def text(self) -> bytes:
-        if self._text is None:
-            self._text = json.dumps(self._items, separators=(",", ":")).encode()
-        return self._text
-
-
-class Vector:
-    """A persistent list of records: a changed copy shares all chunks but those it changed."""
-
-    CHUNK = 512
-
-    def __init__(self, chunks: Iterable[Chunk] = (), size: int = 0) -> None:
-        self.chunks, self._size = list(chunks), size
-        self._own: dict[int, list[Record]] = {}  # chunks that no older vector shares
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, i: int) -> Record:
-        if not 0 <= i < self._size:
-            raise IndexError(i)
-        return self.chunks[i // self.CHUNK].items[i % self.CHUNK]
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(self._size))
-
-    def thaw(self) -> Vector:
-        """A copy to write to, before anybody else sees it."""
-        return Vector(self.chunks, self._size)
-
-    def push(self, record: Record) -> None:
-        """Appends; only to a thawed vector."""
-        if self._size % self.CHUNK == 0:
-            self.chunks.append(Chunk([]))
-        self._writable(self._size // self.CHUNK).append(record)
-        self._size += 1
-
-    def set(self, i: int, record: Record) -> None:
-        """Replaces; only in a thawed vector."""
-        self._writable(i // self.CHUNK)[i % self.CHUNK] = record
-
-    def _writable(self, k: int) -> list[Record]:
-        if k not in self._own:
-            self._own[k] = list(self.chunks[k].items)
-            self.chunks[k] = Chunk(self._own[k])
-        return self._own[k]
-
-
-def _record(item: list[Any]) -> Record:
-    """A record from its JSON."""
-    record = Record(*item)
-    runs = tuple(RunRecord(*run) for run in record.runs)
-    return record._replace(tags=tuple(record.tags), runs=runs)
 
 
 @dataclass(frozen=True)
@@ -372,6 +212,7 @@ class _Fold:
         self.campaign, self.start, self.config = state.campaign, state.start, state.config
         self.records = state.records.thaw()
         self.branches = dict(state.branches)
+        self.edited: dict[str, dict[str, Any]] = {}  # branches that changed, as their fields
         self.open_runs = dict(state.open_runs)
         self.requests = dict(state.requests)
         self.in_flight = dict.fromkeys(state.in_flight)
@@ -409,6 +250,7 @@ class _Fold:
             ) from error
 
     def freeze(self) -> State:
+        self.branches |= {name: Branch(**fields) for name, fields in self.edited.items()}
         return replace(
             self.before,
             campaign=self.campaign,
@@ -433,6 +275,13 @@ class _Fold:
             source=self.source,
         )
 
+    def branch(self, name: str) -> dict[str, Any]:
+        """The fields of a branch, to be changed: a new Branch for each event would cost half of
+        a replay's time."""
+        if name not in self.edited:
+            self.edited[name] = dict(vars(self.branches[name]))
+        return self.edited[name]
+
     # -- one handler per event name -----------------------------------------------------------
 
     def campaign_started(self, event: Event) -> None:
@@ -446,30 +295,31 @@ class _Fold:
 
     def branch_added(self, event: Event) -> None:
         name = event["branch"]
-        branch = self.branches.get(name) or Branch(name)
-        self.branches[name] = replace(branch, settings=event.get("settings") or {})
+        self.branches.setdefault(name, Branch(name))
+        self.branch(name)["settings"] = event.get("settings") or {}
 
     def branch_paused(self, event: Event) -> None:
-        self._branch(event, paused=event.get("reason") or "paused")
+        self.branch(event["branch"])["paused"] = event.get("reason") or "paused"
 
     def branch_resumed(self, event: Event) -> None:
-        self._branch(event, paused=None)
+        self.branch(event["branch"])["paused"] = None
 
     def branch_retired(self, event: Event) -> None:
-        self._branch(event, retired=event.get("reason") or "retired")
+        self.branch(event["branch"])["retired"] = event.get("reason") or "retired"
 
     def told(self, event: Event) -> None:
-        notes = self.branches[event["branch"]].notes
-        self._branch(event, notes=(*notes, event["text"]))
-
-    def _branch(self, event: Event, **changes: Any) -> None:
-        self.branches[event["branch"]] = replace(self.branches[event["branch"]], **changes)
+        branch = self.branch(event["branch"])
+        branch["notes"] = (*branch["notes"], event["text"])
 
     def proposal_requested(self, event: Event) -> None:
-        reserve = from_json(Usage, event.get("reserve") or {})
-        base, slot, time = event.get("base"), event.get("slot", 0), event.get("time", "")
+        reserve = event.get("reserve")
         self.requests[event["proposal"]] = Request(
-            event["proposal"], event["branch"], base, slot, time, reserve
+            proposal=event["proposal"],
+            branch=event["branch"],
+            base=event.get("base"),
+            slot=event.get("slot", 0),
+            time=event.get("time", ""),
+            reserve=from_json(Usage, reserve) if reserve else Usage(),
         )
 
     def proposal_failed(self, event: Event) -> None:
@@ -482,34 +332,32 @@ class _Fold:
         if given["id"] != expected:
             raise ValueError(f"experiment {given['id']} where {expected} was due")
         self.requests.pop(event.get("proposal"), None)  # type: ignore[arg-type]
-        branch = self.branches[given["branch"]]
-        self.records.push(
-            Record(
-                expected,
-                branch.name,
-                given["commit"],
-                # the same text many times over: 40 characters each, once is enough
-                branch.head_commit if branch.head_commit == given["base"] else given["base"],
-                given.get("parent"),
-                given["description"],
-                tuple(given.get("tags") or ()),
-                given.get("lines_added", 0),
-                given.get("lines_removed", 0),
-                event.get("time", ""),
-                event.get("at", event),
-            )
+        branch = self.branch(given["branch"])
+        head, base = branch["head_commit"], given["base"]
+        record = Record(
+            id=expected,
+            branch=branch["name"],
+            commit=given["commit"],
+            base=head if head == base else base,  # one text in memory, however often it is there
+            parent=given.get("parent"),
+            description=given["description"],
+            tags=tuple(given.get("tags") or ()),
+            lines_added=given.get("lines_added", 0),
+            lines_removed=given.get("lines_removed", 0),
+            time=event.get("time", ""),
+            proposed=event.get("at", event),
         )
-        self.branches[branch.name] = replace(branch, experiments=branch.experiments + 1)
+        self.records.push(record)
         self.in_flight[expected] = None
-        self._spend(branch.name, given.get("usage"))
+        branch["experiments"] += 1
+        self._spend(branch["name"], given.get("usage"))
 
     def _spend(self, branch: str, usage: Mapping[str, Any] | None) -> None:
         if not usage or not any(usage.values()):
             return
-        cost = from_json(Usage, usage)
+        cost, fields = from_json(Usage, usage), self.branch(branch)
         self.spent = add_usage(self.spent, cost)
-        before = self.branches[branch]
-        self.branches[branch] = replace(before, spent=add_usage(before.spent, cost))
+        fields["spent"] = add_usage(fields["spent"], cost)
 
     def run_intended(self, event: Event) -> None:
         run = from_json(Run, event["run"])
@@ -531,46 +379,37 @@ class _Fold:
     def run_submitted(self, event: Event) -> None:
         submission = from_json(Submission, event["submission"])
         opened = self.open_runs[submission.run]
-        self.open_runs[submission.run] = replace(opened, submission=submission)
+        self.open_runs[submission.run] = OpenRun(**{**vars(opened), "submission": submission})
 
     def run_ended(self, event: Event) -> None:
         result = event["result"]
         opened = self.open_runs.pop(result["run"])
-        node = result.get("node") or (opened.submission.node if opened.submission else None)
         details = result.get("details") or {}
-        status = sys.intern(result["status"])
-        node = sys.intern(node) if node else None
-        preempted = bool(details.get("preempted"))
-        n, run = self.events - 1, opened.run
+        node = result.get("node") or (opened.submission.node if opened.submission else None)
         ended = RunRecord(
-            run.seed,
-            run.attempt,
-            sys.intern(opened.purpose),
-            status,
-            result.get("metric"),
-            node,
-            preempted,
-            n,
-            event.get("at", event),
+            seed=opened.run.seed,
+            attempt=opened.run.attempt,
+            purpose=sys.intern(opened.purpose),
+            status=sys.intern(result["status"]),
+            metric=result.get("metric"),
+            node=sys.intern(node) if node else None,
+            preempted=bool(details.get("preempted")),
+            n=self.events - 1,
+            place=event.get("at", event),
         )
-        record = self._record(run.experiment)
+        record = self._record(opened.run.experiment)
         self._store(record._replace(runs=(*record.runs, ended)))
-        if node and not preempted:
-            seen = (*self.nodes.get(node, ()), NodeRun(record.id, status == "infrastructure", n))
-            self.nodes[node] = seen[-RECENT_RUNS:]
-        self._use(record.branch, result, details)
-
-    def _use(self, name: str, result: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        if ended.node and not ended.preempted:
+            died = ended.status == "infrastructure"
+            seen = (*self.nodes.get(ended.node, ()), NodeRun(record.id, died, ended.n))
+            self.nodes[ended.node] = seen[-RECENT_RUNS:]
         allocated = details.get("allocated_s") or result.get("total_s") or 0.0
         training = result.get("training_s") or 0.0
+        branch = self.branch(record.branch)
+        branch["allocated_s"] += allocated
+        branch["training_s"] += training
         self.allocated_s += allocated
         self.training_s += training
-        branch = self.branches[name]
-        self.branches[name] = replace(
-            branch,
-            allocated_s=branch.allocated_s + allocated,
-            training_s=branch.training_s + training,
-        )
 
     def decided(self, event: Event) -> None:
         decision = event["decision"]
@@ -593,10 +432,11 @@ class _Fold:
             return
         self.in_flight.pop(record.id)
         self.parked_in_row = self.parked_in_row + 1 if verdict == "parked" else 0
-        branch = self.branches[record.branch]
-        self.branches[branch.name] = (
-            _kept(branch, record, self.config) if verdict == "keep" else _dropped(branch, record)
-        )
+        branch = self.branch(record.branch)
+        if verdict == "keep":
+            _keep(branch, record, direction_of(self.config))
+        else:
+            _drop(branch, record)
 
     def stop(self, event: Event) -> None:
         self.stopped = event.get("reason") or "stopped"
@@ -623,39 +463,26 @@ class _Fold:
         return record
 
     def _store(self, record: Record) -> None:
-        self.records.set(int(record.id[1:]) - 1, record)
+        self.records.replace(int(record.id[1:]) - 1, record)
 
 
-def _kept(branch: Branch, record: Record, config: Mapping[str, Any]) -> Branch:
-    changes: dict[str, Any] = {}
-    if branch.head is None:
-        changes = {"baseline": record.id, "baseline_metric": record.metric}
-    if branch.best_metric is None or (
-        record.metric is not None
-        and better(record.metric, branch.best_metric, direction_of(config))
-    ):
-        changes |= {"best": record.id, "best_metric": record.metric}
-    return replace(
-        branch,
-        head=record.id,
-        head_commit=record.commit,
-        kept_ids=(*branch.kept_ids, record.id),
-        kept=branch.kept + 1,
-        since_keep=0,
-        **changes,
-    )
+def _keep(branch: dict[str, Any], record: Record, direction: str) -> None:
+    """Puts a kept experiment at the head of the branch's fields."""
+    best, metric = branch["best_metric"], record.metric
+    if branch["head"] is None:
+        branch |= {"baseline": record.id, "baseline_metric": metric}
+    if best is None or (metric is not None and better(metric, best, direction)):
+        branch |= {"best": record.id, "best_metric": metric}
+    branch |= {"head": record.id, "head_commit": record.commit, "since_keep": 0}
+    branch["kept_ids"] = (*branch["kept_ids"], record.id)
+    branch["kept"] += 1
 
 
-def _dropped(branch: Branch, record: Record) -> Branch:
-    """`crashed` counts every discard that did not end with a score; `parked` those set aside."""
-    changes = {"since_keep": branch.since_keep + 1}
-    if record.verdict == "parked":
-        changes["parked"] = branch.parked + 1
-    elif record.status == "ok":
-        changes["discarded"] = branch.discarded + 1
-    else:
-        changes["crashed"] = branch.crashed + 1
-    return replace(branch, **changes)
+def _drop(branch: dict[str, Any], record: Record) -> None:
+    """Counts it: `parked` was set aside, `crashed` had no score, the others are `discarded`."""
+    branch["since_keep"] += 1
+    scored = "discarded" if record.status == "ok" else "crashed"
+    branch["parked" if record.verdict == "parked" else scored] += 1
 
 
 _HANDLERS: Mapping[str, Callable[[_Fold, Event], None]] = {

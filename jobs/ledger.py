@@ -61,7 +61,7 @@ def read(path: Path, offset: int = 0, tail: Tail | None = None) -> Iterator[Even
 
 def _parse(line: bytes, path: Path, offset: int) -> Event:
     try:
-        event = json.loads(line)
+        event: Event = json.loads(line.decode())  # bytes would have their encoding guessed
         newer = event["v"] > VERSION
         event["n"], event["fence"], event["event"]
     except (ValueError, KeyError, TypeError) as error:

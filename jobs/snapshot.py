@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from jobs.effects import effect
-from jobs.history import Branch, Chunk, NodeRun, OpenRun, Request, State, Vector, fold
+from jobs.history import State, fold
 from jobs.ledger import Lines, Tail, read, sync_folder
 from jobs.model import Usage, from_json, to_json
+from jobs.records import Branch, Chunk, NodeRun, OpenRun, Request, Vector
 
 VERSION = 1
 _PROOF_BYTES = 65536  # of the ledger's first and last bytes that a snapshot vouches for
 
-_PLAIN = ("campaign", "start", "config", "in_flight", "allocated_s", "training_s", "parked_in_row")
-_PLAIN = (*_PLAIN, "paused", "stopped", "fence", "events", "time")
+# Fields of a State that are JSON as they are (in_flight but for being a tuple).
+_PLAIN = (
+    *("campaign", "start", "config", "in_flight", "allocated_s", "training_s", "parked_in_row"),
+    *("paused", "stopped", "fence", "events", "time"),
+)
 
 
 def open_history(folder: Path) -> tuple[State, Tail]:
@@ -38,6 +42,11 @@ def open_history(folder: Path) -> tuple[State, Tail]:
     source, tail = Lines(path), Tail()
     state, offset = load(folder) or (State(), 0)
     return fold(read(path, offset, tail), state, source), tail
+
+
+def due(state: State, saved_events: int) -> bool:
+    """Whether so much was appended since the last `save` that the next start would feel it."""
+    return state.events - saved_events >= max(1000, state.events // 50)
 
 
 def save(folder: Path, state: State, offset: int) -> None:
