@@ -1,0 +1,185 @@
+"""`autoresearch image ...`: words in, one call of build, images or remote, words or JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from containers import build, doctor, images, remote
+from containers.images import Image
+from jobs.errors import AutoresearchError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `image` and its verbs to the parser of `autoresearch`; run them with `main(args)`."""
+    parser = subparsers.add_parser("image", help="build and keep the images that runs happen in")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--store", type=Path, default=images.default_store(), help="image folder")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, help: str, *arguments: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help, parents=[common])
+        for argument in arguments:
+            made.add_argument(argument)
+        return made
+
+    _add_build(verb("build", "build an image from containers/NAME.def, or from a file"))
+    verb("list", "tags and images of the store")
+    verb("inspect", "all that is known of an image", "image")
+    one = verb("verify", "its bytes, its labels against its contents, its imports", "image")
+    one.add_argument("--key", type=Path, help="PEM public key: the signature too")
+    one = verb("pull", "fetch an image: oras://host/name:tag or @sha256:..., or a file", "source")
+    one.add_argument("--tag", required=True)
+    one.add_argument("--key", type=Path, help="PEM public key that must have signed it")
+    verb("push", "send an image to a registry, and record its digest there", "image", "address")
+    verb("tag", "let NEW mean this image", "image", "new")
+    verb("doctor", "what stands in Apptainer's way on this machine").add_argument("--image")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the verb that `add_parser` understood. Returns the exit status.
+
+    Raises:
+        AutoresearchError: in words, what failed.
+    """
+    value, text = _VERBS[args.verb](args)
+    print(json.dumps(value, indent=1) if args.json else text)
+    return int(args.verb == "doctor" and any(item["status"] == "failure" for item in value))
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("definition", help="cpu, trainer, or a definition file")
+    parser.add_argument("--tag", help="default: the definition's name")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the definition (its %%arguments)",
+    )
+    parser.add_argument("--ca-bundle", type=Path, help="the site's certificates (PEM), for pip")
+    parser.add_argument("--pip-conf", type=Path, help="the site's package index")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to prefer")
+    parser.add_argument(
+        "--bind", type=Path, action="append", default=[], help="folder visible while it builds"
+    )
+    parser.add_argument("--key", type=Path, help="PEM private key to sign with")
+
+
+def _build(args: argparse.Namespace) -> tuple[Any, str]:
+    named = build.HERE / f"{args.definition}.def"
+    definition = named if named.is_file() else Path(args.definition)
+    if not definition.is_file():
+        raise images.ImageError(f"No definition {args.definition}: cpu, trainer, or a file's path")
+    wrong = [item for item in args.set if "=" not in item]
+    if wrong:
+        raise images.ImageError(f"--set {wrong[0]}: write NAME=VALUE")
+    recipe = build.Recipe(definition, arguments=dict(item.split("=", 1) for item in args.set))
+    site = build.Site(args.ca_bundle, args.pip_conf, args.wheels, tuple(args.bind))
+    image = build.build(args.store, args.tag or definition.stem, recipe, site, args.key)
+    return _plain(image), _line(args.tag or definition.stem, image)
+
+
+def _list(args: argparse.Namespace) -> tuple[Any, str]:
+    known, tags = images.every(args.store), images.tags(args.store)
+    rows = [{**_plain(i), "tags": [t for t, s in tags.items() if s == i.sha256]} for i in known]
+    for row in rows:
+        del row["definition"], row["packages"]
+    lines = [_line(",".join(row["tags"]) or "-", i) for row, i in zip(rows, known, strict=True)]
+    return rows, "\n".join(lines) or f"no images in {args.store}"
+
+
+def _inspect(args: argparse.Namespace) -> tuple[Any, str]:
+    image = images.find(args.store, args.image)
+    value = _plain(image)
+    labels = [f"  {name}: {text}" for name, text in sorted(image.labels.items())]
+    text = "\n".join(
+        [
+            *(f"{key}: {value[key]}" for key in ("path", "sha256", "size", "origin", "made")),
+            f"registry: {value['registry'] or 'none'}",
+            *("labels:", *labels),
+            *("packages:", *(f"  {name}" for name in image.packages)),
+            *("definition:", image.definition),
+        ]
+    )
+    return value, text
+
+
+def _verify(args: argparse.Namespace) -> tuple[Any, str]:
+    image = images.find(args.store, args.image)
+    build.verify(image, args.key)
+    said = " Signature valid." if args.key else ""
+    return _plain(image), f"{image.path} is sha256 {image.sha256}, as recorded; it starts.{said}"
+
+
+def _pull(args: argparse.Namespace) -> tuple[Any, str]:
+    image = remote.pull(args.store, args.source, args.tag, args.key)
+    return _plain(image), _line(args.tag, image)
+
+
+def _push(args: argparse.Namespace) -> tuple[Any, str]:
+    image = remote.push(args.store, args.image, args.address)
+    return _plain(image), f"{args.address} is {image.registry_digest}"
+
+
+def _tag(args: argparse.Namespace) -> tuple[Any, str]:
+    image, moved = images.tag(args.store, args.image, args.new)
+    said = f"; it meant {moved} before, which stays" if moved else ""
+    return {"tag": args.new, "sha256": image.sha256, "moved": moved}, (
+        f"{args.new} means sha256 {image.sha256}{said}"
+    )
+
+
+def _doctor(args: argparse.Namespace) -> tuple[Any, str]:
+    path = images.find(args.store, args.image).path if args.image else None
+    findings = doctor.examine(path)
+    lines = [
+        f"{f.status:8}{f.check}: {f.seen}" + (f"\n        -> {f.remedy}" if f.remedy else "")
+        for f in findings
+    ]
+    return [dataclasses.asdict(finding) for finding in findings], "\n".join(lines)
+
+
+_VERBS = {
+    "build": _build,
+    "list": _list,
+    "inspect": _inspect,
+    "verify": _verify,
+    "pull": _pull,
+    "push": _push,
+    "tag": _tag,
+    "doctor": _doctor,
+}
+
+
+def _plain(image: Image) -> dict[str, Any]:
+    extra = {
+        "registry_digest": image.registry_digest,
+        "definition_sha256": image.definition_sha256,
+    }
+    return {**dataclasses.asdict(image), **extra}
+
+
+def _line(tag: str, image: Image) -> str:
+    size = f"{image.size / 1e6:.0f} MB"
+    return f"{tag:20} {image.sha256[:16]}  {size:>9}  {image.made['time']}  {image.origin}"
+
+
+def run() -> int:
+    """`python -m containers.cli ...`: the same verbs without the rest of the project."""
+    parser = argparse.ArgumentParser(prog="autoresearch")
+    add_parser(parser.add_subparsers(required=True))
+    try:
+        return main(parser.parse_args())
+    except AutoresearchError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())

@@ -1,0 +1,171 @@
+"""What of a machine stands in Apptainer's way, each with its remedy. Changes nothing."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from containers import command
+
+NETWORK_FILESYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "fuse.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was seen and, unless it is ok, what to do."""
+
+    check: str
+    status: Literal["ok", "warning", "failure"]
+    seen: str
+    remedy: str = ""
+
+
+def examine(image: str | None = None) -> list[Finding]:
+    """All checks that need no job. With `image` (a SIF), a container is started as for a run."""
+    findings = [check() for check in _CHECKS]
+    if image and not any(finding.status == "failure" for finding in findings):
+        findings.append(isolation(image))
+    return findings
+
+
+def programs() -> Finding:
+    """apptainer, and the name that spython calls it by."""
+    if not shutil.which("apptainer"):
+        remedy = (
+            "Load the site's module (site.modules). On a machine of your own: the project's "
+            "releases, EPEL or conda-forge. Sites that have it on compute nodes only: doctor --job"
+        )
+        return Finding("apptainer", "failure", "no program apptainer on PATH", remedy)
+    version = _output(["apptainer", "--version"])
+    if not shutil.which("singularity"):
+        remedy = "spython needs it: ln -s apptainer singularity, in any folder on PATH"
+        return Finding("apptainer", "warning", f"{version}; no link 'singularity'", remedy)
+    return Finding("apptainer", "ok", version)
+
+
+def fuse() -> Finding:
+    """An image is mounted through /dev/fuse; without it each start unpacks gigabytes."""
+    if os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return Finding("/dev/fuse", "ok", "readable and writable")
+    seen = "not writable for this user" if Path("/dev/fuse").exists() else "absent"
+    remedy = "modprobe fuse; chmod 666 /dev/fuse (an administrator). Without it every start is slow"
+    return Finding("/dev/fuse", "warning", seen, remedy)
+
+
+def squashfuse() -> Finding:
+    """The mounting program; the one without _ll is single-threaded and slow."""
+    # Upstream's packages bring their own under libexec, where PATH does not reach.
+    bundled = Path("/usr/libexec/apptainer/bin/squashfuse_ll")
+    found = shutil.which("squashfuse_ll") or (str(bundled) if bundled.exists() else None)
+    if found:
+        return Finding("squashfuse", "ok", found)
+    slow = shutil.which("squashfuse")
+    seen = f"only {slow}, which is slow" if slow else "absent: images may be unpacked at each start"
+    return Finding("squashfuse", "warning", seen, "Install squashfuse_ll (Debian: squashfuse)")
+
+
+def user_namespaces() -> Finding:
+    """An ordinary user's container, and one without network, needs them."""
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--net", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Finding("user namespaces", "ok", "a user may make one, with a network of its own")
+    remedy = (
+        "An administrator: sysctl user.max_user_namespaces=15000, and where they exist "
+        "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0"
+    )
+    return Finding("user namespaces", "failure", f"refused: {done.stderr.strip()}", remedy)
+
+
+def subuid() -> Finding:
+    """Ranges of ids, which building (not running) uses to install packages."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    missing = [file for file in ("/etc/subuid", "/etc/subgid") if not _has_range(file, user)]
+    if not missing:
+        return Finding("subuid", "ok", f"{user} has ranges in /etc/subuid and /etc/subgid")
+    ranges = "--add-subuids 100000-165535 --add-subgids 100000-165535"
+    remedy = f"An administrator: usermod {ranges} {user}. Or build elsewhere, and pull"
+    seen = f"no range for {user} in {' and '.join(missing)}: images run, building may fail"
+    return Finding("subuid", "warning", seen, remedy)
+
+
+def temporary_folder() -> Finding:
+    """Building on NFS or Lustre fails: they know neither ids of a namespace nor all attributes."""
+    folder = os.environ.get("APPTAINER_TMPDIR") or tempfile.gettempdir()
+    if not os.access(folder, os.W_OK):
+        remedy = "Set APPTAINER_TMPDIR to a folder of yours on a local disk"
+        return Finding("APPTAINER_TMPDIR", "failure", f"{folder} cannot be written", remedy)
+    kind = filesystem(folder, Path("/proc/self/mounts").read_text())
+    free = shutil.disk_usage(folder).free // 2**30
+    seen = f"{folder} on {kind}, {free} GiB free"
+    if kind.startswith(NETWORK_FILESYSTEMS):
+        remedy = "Set APPTAINER_TMPDIR to a local disk (in a job: the node's scratch)"
+        return Finding("APPTAINER_TMPDIR", "failure", seen, remedy)
+    if free < 4:
+        remedy = "Set APPTAINER_TMPDIR to a larger local disk: the CPU image needs 4 GiB, CUDA's 60"
+        return Finding("APPTAINER_TMPDIR", "warning", seen, remedy)
+    return Finding("APPTAINER_TMPDIR", "ok", seen)
+
+
+def isolation(image: str) -> Finding:
+    """A container as a run has it: no network. A setuid installation refuses that to users."""
+    with tempfile.TemporaryDirectory() as workdir:
+        prefix = command.exec_prefix(
+            image, [], pwd="/", env={}, marker="/tmp/started", workdir=workdir
+        )
+        probe = "import socket; print(*(name for _, name in socket.if_nameindex()))"
+        done = subprocess.run(
+            [*prefix, "python", "-c", probe],
+            env=command.clean_environ(os.environ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode == 0 and done.stdout.split() == ["lo"]:
+        return Finding("container", "ok", "starts, with no network but lo")
+    seen = (done.stderr or done.stdout).strip()[-300:] or f"exit status {done.returncode}"
+    remedy = (
+        "If --net is refused: a setuid installation; ask for one without, or allow the network "
+        "explicitly in the site's settings (every result then says so)"
+    )
+    return Finding("container", "failure", seen, remedy)
+
+
+def filesystem(folder: str, mounts: str) -> str:
+    """Type of the file system that holds `folder`, by the text of /proc/self/mounts."""
+    real, best, kind = os.path.realpath(folder), "", "unknown"
+    for line in mounts.splitlines():
+        _, point, found, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, found
+    return kind
+
+
+_CHECKS: tuple[Callable[[], Finding], ...] = (
+    *(programs, fuse, squashfuse, user_namespaces, subuid, temporary_folder),
+)
+
+
+def _has_range(file: str, user: str) -> bool:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.split(":")[0] in (user, str(os.getuid())) for line in lines)
+
+
+def _output(argv: list[str]) -> str:
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()

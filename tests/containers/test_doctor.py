@@ -1,0 +1,80 @@
+"""What doctor says of machines, without changing this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from containers import doctor
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+lustre@tcp:/work /home/u/big\\040work lustre rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+"""
+
+
+def program(folder: Path, name: str, text: str = "exit 0") -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_file_system_of_a_folder_is_that_of_its_deepest_mount():
+    kinds = {
+        "/var/x": "ext4",
+        "/home/u": "nfs4",
+        "/home/u/big work/d": "lustre",
+        "/homeless": "ext4",
+    }
+    assert {path: doctor.filesystem(path, MOUNTS) for path in kinds} == kinds
+
+
+def test_a_machine_without_apptainer_is_told_where_it_comes_from(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.programs()
+    assert finding.status == "failure"
+    assert "module" in finding.remedy
+
+
+def test_a_missing_link_named_singularity_is_a_warning_with_the_command(tmp_path, monkeypatch):
+    program(tmp_path, "apptainer", "echo apptainer version 1.4.5")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.programs()
+    assert (finding.status, finding.seen) == (
+        "warning",
+        "apptainer version 1.4.5; no link 'singularity'",
+    )
+    assert "ln -s apptainer singularity" in finding.remedy
+    program(tmp_path, "singularity")
+    assert doctor.programs().status == "ok"
+
+
+def test_user_namespaces_refused_by_the_kernel_are_a_failure_with_the_sysctls(
+    tmp_path, monkeypatch
+):
+    program(tmp_path, "unshare", "echo Operation not permitted >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.user_namespaces()
+    assert finding.status == "failure"
+    assert "Operation not permitted" in finding.seen
+    assert "user.max_user_namespaces" in finding.remedy
+
+
+def test_the_slow_squashfuse_alone_is_a_warning(tmp_path, monkeypatch):
+    program(tmp_path, "squashfuse")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "slow" in doctor.squashfuse().seen
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("APPTAINER_TMPDIR", str(tmp_path / "absent"))
+    finding = doctor.temporary_folder()
+    assert finding.status == "failure"
+    assert str(tmp_path / "absent") in finding.seen
+
+
+def test_every_finding_that_is_not_ok_has_a_remedy():
+    for finding in doctor.examine():
+        assert finding.status == "ok" or finding.remedy
