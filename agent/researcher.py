@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.model import Proposal, Unavailable, Usage
 
 if TYPE_CHECKING:
     from jobs.history import State
-
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Records(Protocol):
@@ -43,7 +41,7 @@ class NoRecords:
     """Records of a campaign that has none (tests, `--dry-run`)."""
 
     def files(self, experiment: str) -> Mapping[str, str]:
-        return NOTHING
+        return {}
 
     def diff(self, experiment: str) -> str:
         return ""
@@ -70,9 +68,14 @@ class Context:
     seed: int  # of the campaign's search (never of a run)
     number: int  # how many proposals this branch has had, this one not counted
     metric: str = "val_bpb"
-    direction: str = "lower"  # "lower" or "higher" is better
-    readable: Mapping[str, str] = field(default=NOTHING)  # read-only files, e.g. trainer/prepare.py
-    known: Mapping[str, str] = field(default=NOTHING)  # edit.fingerprint -> experiment that was it
+    direction: str = "minimise"  # or "maximise"
+    reserve: Usage | None = None  # what Researcher.reserve gave for this proposal
+    readable: Mapping[str, str] = field(
+        default_factory=dict
+    )  # read-only files, e.g. trainer/prepare.py
+    known: Mapping[str, str] = field(
+        default_factory=dict
+    )  # edit.fingerprint -> experiment that was it
     records: Records = field(default_factory=NoRecords)
     stop: threading.Event = field(default_factory=threading.Event)  # set: return within 2 s
     # Called on the researcher's own thread after each paid reply and before each sleep, with what
@@ -86,34 +89,86 @@ class Researcher(Protocol):
     Never raises for trouble of its own (no network, no money, broken reply): that is Unavailable.
     """
 
+    def reserve(self, state: State, branch: str) -> Usage | None:
+        """What the next proposal may cost at most; None: the caps leave no room for it.
+
+        Pure. The controller records it with the request (so that caps count what is in flight,
+        also after a kill) and hands it back in the Context. `propose` spends no more than that.
+        """
+        ...
+
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable: ...
 
 
-def researcher(settings: Any, **shared: Any) -> Researcher:
-    """The researcher that `settings` (config.agent, or a branch's own) describe.
+def after(seconds: float) -> str:
+    """The time `seconds` from now, as `Unavailable.until` wants it: UTC, ISO 8601."""
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
-    `shared`: what all researchers of a campaign have in common (see the classes). Imports are
+
+def researcher(settings: Any, campaign_caps: Any = None) -> Researcher:
+    """The researcher that `settings` (the agent settings of one branch) describe.
+
+    Those that can fail for want of network or money come with the sweep behind them. Imports are
     lazy: `autoresearch --help` must not pay for Optuna or the SDK.
 
-    Raises:
-        ValueError: `settings.kind` is none of ours.
-    """
-    if settings.kind == "sweep":
-        from agent.sweep import Sweep
+    Args:
+        campaign_caps: dollars and tokens (`Caps`) for all branches together.
 
-        return Sweep(settings)
+    Raises:
+        UserError: the settings name what is not there (a script, a price, a program on PATH).
+    """
     if settings.kind == "scripted":
         from agent.scripted import Scripted
 
         return Scripted(settings)
-    if settings.kind == "anthropic":
-        from agent.backend import Anthropic
+    from agent.sweep import Sweep
 
-        return Anthropic(settings, **shared)
+    sweep = Sweep(settings)
+    if settings.kind == "anthropic":
+        from agent.conversation import Anthropic
+
+        return Fallback(Anthropic(settings, campaign_caps), sweep, settings.at_cap)
     if settings.kind == "command":
         from agent.command import Command
 
-        return Command(settings, **shared)
-    raise ValueError(
-        f"agent.kind is {settings.kind!r}; it can be sweep, scripted, anthropic or command"
-    )
+        return Fallback(Command(settings, campaign_caps), sweep, settings.at_cap)
+    return sweep
+
+
+class Fallback:
+    """Asks `first`; while that is unavailable, `second` keeps the slots busy."""
+
+    def __init__(self, first: Researcher, second: Researcher, at_cap: str = "fallback") -> None:
+        self._first, self._second, self._at_cap = first, second, at_cap
+        self._not_before = ""  # UTC; `first` is not asked again until then
+        self.why = ""  # in words, while `second` stands in
+
+    def reserve(self, state: State, branch: str) -> Usage | None:
+        if self._not_before > after(0):
+            return Usage()  # nothing will be spent
+        want = self._first.reserve(state, branch)
+        return Usage() if want is None and self._at_cap == "fallback" else want
+
+    def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
+        if context.reserve is None:
+            return Unavailable("the cap on dollars or tokens is reached (agent.at_cap: end)")
+        spent = Usage()
+        if context.reserve == Usage():
+            self.why = self.why or "the cap on dollars or tokens leaves no room for a proposal"
+        else:
+            found = self._first.propose(state, branch, context)
+            if isinstance(found, Proposal):
+                self.why = self._not_before = ""
+                return found
+            spent, self.why = found.usage, found.reason
+            self._not_before = found.until or ""
+            if context.stop.is_set():
+                return found
+            context.report(spent, f"the sweep stands in: {found.reason}")
+        return _add_usage(self._second.propose(state, branch, context), spent)
+
+
+def _add_usage(found: Proposal | Unavailable, spent: Usage) -> Proposal | Unavailable:
+    """What `first` spent in vain is booked with what `second` found."""
+    return replace(found, usage=spent) if spent != Usage() else found

@@ -1,0 +1,383 @@
+"""Owns what an edit may be: every rule that is checked before a GPU is spent, in RULES.
+
+These keep honest mistakes from costing a run. What holds against malice is the isolation of the
+run and the referee (trainer/): no check of source text can.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import difflib
+import functools
+import hashlib
+import symtable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from agent import constants, program
+from agent.researcher import Context
+
+LARGEST = 400_000  # characters in one file: a program, not a data set
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What the images hold and an experiment may import. campaign.yaml can add to it (agent.imports).
+IMPORTS = _words(
+    "prepare torch numpy math time os sys gc dataclasses typing functools itertools collections"
+    " contextlib enum abc random copy operator statistics warnings types string re json inspect"
+    " __future__ heapq bisect fractions numbers array struct textwrap logging pprint"
+    " flash_attn flash_attn_interface triton einops liger_kernel kernels"
+)
+# Of `os` and `sys` an experiment needs little, and the rest starts processes or looks outside.
+NARROW = {
+    "os": _words("environ getenv path cpu_count sched_getaffinity getpid name linesep"),
+    "sys": _words("argv exit stdout stderr version version_info maxsize platform"),
+}
+CALLS = _words("exec eval compile __import__ globals locals vars breakpoint input")
+NAMES = CALLS | _words("__builtins__ __loader__ __spec__")
+ATTRIBUTES = _words(
+    "__globals__ __builtins__ __subclasses__ __bases__ __mro__ __code__ __loader__ __import__"
+    " cpp_extension ctypeslib hub rpc f_back f_globals"
+)
+SEEDERS = _words("manual_seed manual_seed_all seed default_rng RandomState Random")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit under examination: all editable files before it and after it."""
+
+    old: Mapping[str, str]
+    new: Mapping[str, str]  # only the files that it hands over
+    scale: str = ""
+    known: Mapping[str, str] = field(default_factory=dict)  # fingerprint -> experiment
+    limits: program.Limits = field(default_factory=program.Limits)
+    imports: frozenset[str] = frozenset()  # beyond IMPORTS
+
+    @property
+    def changed(self) -> list[str]:
+        """Python files that it changes."""
+        return [
+            path
+            for path, text in self.new.items()
+            if path.endswith(".py") and path in self.old and text != self.old[path]
+        ]
+
+
+Rule = Callable[[Edit], Iterator[str]]
+
+
+def of(context: Context, files: Mapping[str, str], imports: Iterable[str] = ()) -> Edit:
+    """`files` as an edit of what `context` shows.
+
+    Raises:
+        ProgramError: the front matter of program.md cannot be read.
+    """
+    limits = program.limits(context.program)
+    return Edit(context.files, files, context.scale, context.known, limits, frozenset(imports))
+
+
+def refusal(edit: Edit) -> str | None:
+    """Why this edit is not run, in words for whoever made it; None: run it."""
+    for rule in RULES:
+        for reason in rule(edit):
+            return reason
+    return None
+
+
+def fingerprint(files: Mapping[str, str]) -> str:
+    """A hash that comments, docstrings, layout and the order of files do not change."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path}\0{_normalised(path, files[path])}\0".encode(errors="replace"))
+    return digest.hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=8)
+def _normalised(path: str, text: str) -> str:
+    if not path.endswith(".py") or _parse(text) is None:
+        return "\n".join(line.rstrip() for line in text.split("\n"))
+    tree = ast.parse(text)  # its own: the cached one is shared
+    for node in ast.walk(tree):
+        if _has_docstring(node):
+            node.body[0] = ast.Pass()  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
+
+
+@functools.lru_cache(maxsize=8)  # the rules share trees: nobody writes to them
+def _parse(text: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an invalid escape is the program's business
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+# The rules. Each yields refusals: what was seen, why it is refused, what to do instead.
+
+
+def _only_editable_files(edit: Edit) -> Iterator[str]:
+    for path in edit.new:
+        if path not in edit.old:
+            allowed = ", ".join(edit.old)
+            yield f"{path} may not be changed: only {allowed} may. Make your change there."
+
+
+def _is_text(edit: Edit) -> Iterator[str]:
+    for path, text in edit.new.items():
+        if len(text) > LARGEST:
+            yield f"{path} has {len(text):,} characters; a program may have {LARGEST:,}."
+        elif "\0" in text:
+            yield f"{path} contains a NUL character: it must be plain text."
+
+
+def _changes_something(edit: Edit) -> Iterator[str]:
+    if all(text == edit.old[path] for path, text in edit.new.items()):
+        yield "nothing was changed: edit the program before you submit it."
+
+
+def _parses(edit: Edit) -> Iterator[str]:
+    for path in edit.changed:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compile(edit.new[path], path, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            line = (error.text or "").strip()[:100]
+            yield f"{path} line {error.lineno} does not parse: {error.msg}: {line}"
+        except (ValueError, RecursionError, MemoryError) as error:
+            yield f"{path} does not parse: {type(error).__name__}: {error}"
+
+
+def _imports_what_is_there(edit: Edit) -> Iterator[str]:
+    allowed = IMPORTS | edit.imports | {PurePosixPath(path).stem for path in edit.old}
+    for path in edit.changed:
+        before = {module for module, _ in _imported(edit.old[path])}
+        for module, line in _imported(edit.new[path]):
+            if module not in before and module.split(".")[0] not in allowed:
+                yield (
+                    f"{path} line {line} imports {module}, which the image does not offer to "
+                    f"experiments. There are torch, numpy, triton, einops, flash_attn and the "
+                    f"harmless part of the standard library; write what you need with those."
+                )
+
+
+def _imported(text: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(_parse(text) or ast.Module([], [])):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), node.lineno
+
+
+def _starts_nothing(edit: Edit) -> Iterator[str]:
+    for path in edit.changed:
+        before = {what for what, _ in _suspicious(edit.old[path])}
+        for what, line in _suspicious(edit.new[path]):
+            if what not in before:
+                yield (
+                    f"{path} line {line} uses {what}: an experiment starts no processes, opens no "
+                    f"sockets and runs no hidden code. Say what you need in plain Python."
+                )
+
+
+def _suspicious(text: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(_parse(text) or ast.Module([], [])):
+        for what in _tricks(node):
+            yield what, node.lineno  # type: ignore[attr-defined]
+
+
+def _tricks(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        for alias in node.names:
+            if alias.name not in NARROW.get(module, {alias.name}):
+                yield f"{module}.{alias.name}"
+            if alias.asname and alias.name in NARROW:
+                yield f"{alias.name} by another name"
+            if ATTRIBUTES & {*alias.name.split("."), *module.split(".")}:
+                yield f"{module}.{alias.name}".strip(".")
+    elif isinstance(node, ast.Attribute):
+        base = node.value.id if isinstance(node.value, ast.Name) else ""
+        if node.attr in ATTRIBUTES or node.attr not in NARROW.get(base, {node.attr}):
+            yield f"{base}.{node.attr}"
+    elif isinstance(node, ast.Name) and node.id in NAMES:
+        yield node.id
+    elif isinstance(node, ast.Call) and _called(node) in ("getattr", "setattr", "delattr"):
+        first = node.args[0] if node.args else None
+        if isinstance(first, ast.Name) and first.id in NARROW:
+            yield f"{_called(node)}({first.id}, ...)"
+
+
+def _called(node: ast.Call) -> str:
+    target = node.func
+    if isinstance(target, ast.Attribute):
+        return target.attr
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def _names_exist(edit: Edit) -> Iterator[str]:
+    for path in edit.changed:
+        for name in undefined(edit.new[path]):
+            line = _first_use(edit.new[path], name)
+            yield f"{path} line {line} uses {name}, which is defined nowhere: define or import it."
+
+
+def undefined(text: str) -> list[str]:
+    """Names that some scope of the module reads and nothing defines, in order of the alphabet."""
+    top = symtable.symtable(text, "program", "exec")
+    tables = [top]
+    for table in tables:
+        tables.extend(table.get_children())
+    defined = {*dir(builtins), "__file__", "__name__", "__doc__", "__builtins__", "__class__"}
+    read = set()
+    for table in tables:
+        for symbol in table.get_symbols():
+            at_top = table is top or symbol.is_declared_global()
+            if at_top and (symbol.is_assigned() or symbol.is_imported()):
+                defined.add(symbol.get_name())
+            if symbol.is_referenced() and (table is top or symbol.is_global()):
+                read.add(symbol.get_name())
+    return sorted(read - defined)
+
+
+def _first_use(text: str, name: str) -> int:
+    uses = [
+        node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Name) and node.id == name
+    ]
+    return min(uses, default=0)
+
+
+def _keeps_the_protocol(edit: Edit) -> Iterator[str]:
+    for path in edit.changed:
+        for name in ("make_dataloader", "evaluate_bpb"):
+            if _uses(edit.old[path], name) and not _uses(edit.new[path], name):
+                yield (
+                    f"{path} does not call {name} from prepare any more: a run trains on what "
+                    f"make_dataloader yields and ends with evaluate_bpb, else it has no score."
+                )
+
+
+def _uses(text: str, name: str) -> bool:
+    return any(
+        isinstance(node, ast.Name) and node.id == name
+        for node in ast.walk(_parse(text) or ast.Module([], []))
+    )
+
+
+def _keeps_the_seed(edit: Edit) -> Iterator[str]:
+    advice = "The controller sets the seed of each run: seed with SEED from prepare, as it was."
+    for path in edit.changed:
+        if not _imports_seed(edit.old[path]):
+            continue
+        if not _imports_seed(edit.new[path]):
+            yield f"{path} does not import SEED from prepare any more. {advice}"
+        for node in ast.walk(ast.parse(edit.new[path])):
+            if isinstance(node, ast.Name) and node.id == "SEED" and _is_stored(node):
+                yield f"{path} line {node.lineno} gives SEED a value of its own. {advice}"
+            if isinstance(node, ast.Call) and _called(node) in SEEDERS and not _by_seed(node):
+                yield f"{path} line {node.lineno} seeds with something else than SEED. {advice}"
+        if _seeds(edit.old[path]) and not _seeds(edit.new[path]):
+            yield f"{path} does not seed with SEED any more. {advice}"
+
+
+def _imports_seed(text: str) -> bool:
+    return any(
+        isinstance(node, ast.ImportFrom)
+        and node.module == "prepare"
+        and any(alias.name == "SEED" and alias.asname is None for alias in node.names)
+        for node in ast.walk(_parse(text) or ast.Module([], []))
+    )
+
+
+def _is_stored(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Store | ast.Del)
+
+
+def _by_seed(call: ast.Call) -> bool:
+    """Whether SEED alone is handed over: SEED + 95 is another seed."""
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return [ast.unparse(value) for value in given] == ["SEED"]
+
+
+def _seeds(text: str) -> bool:
+    return any(
+        isinstance(node, ast.Call) and _called(node) in SEEDERS and _by_seed(node)
+        for node in ast.walk(_parse(text) or ast.Module([], []))
+    )
+
+
+def _changes_what_it_may(edit: Edit) -> Iterator[str]:
+    allowed = set(edit.limits.may_change)
+    if not allowed:
+        return
+    for path in edit.changed:
+        before = constants.pieces(edit.old[path], edit.scale)
+        after = constants.pieces(edit.new[path], edit.scale)
+        names = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+        for name in sorted(names - allowed):
+            yield (
+                f"{path}: {name} may not be changed. program.md's may_change allows "
+                f"{', '.join(sorted(allowed))}; keep the change within these."
+            )
+
+
+def _adds_few_lines(edit: Edit) -> Iterator[str]:
+    most = edit.limits.max_lines
+    added = sum(line_counts(edit.old[path], text)[0] for path, text in edit.new.items())
+    if most is not None and added > most:
+        yield (
+            f"the edit adds {added} lines; program.md's max_lines allows {most}. "
+            f"Find the smaller form of the idea."
+        )
+
+
+def line_counts(old: str, new: str) -> tuple[int, int]:
+    """(lines added, lines removed) between two texts, as `git diff --numstat` counts them."""
+    added = removed = 0
+    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
+    for kind, start, end, new_start, new_end in matcher.get_opcodes():
+        if kind != "equal":
+            removed += end - start
+            added += new_end - new_start
+    return added, removed
+
+
+def _was_not_tried(edit: Edit) -> Iterator[str]:
+    mark = fingerprint({**edit.old, **edit.new})
+    if mark == fingerprint(edit.old):
+        yield "only comments or layout changed: the program is the same. Change what it does."
+    if mark in edit.known:
+        yield (
+            f"this is exactly the program of {edit.known[mark]} (comments and layout aside). "
+            f"Read what came of it (read_experiment) and propose something else."
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _only_editable_files,
+    _is_text,
+    _changes_something,
+    _parses,
+    _imports_what_is_there,
+    _starts_nothing,
+    _names_exist,
+    _keeps_the_protocol,
+    _keeps_the_seed,
+    _changes_what_it_may,
+    _adds_few_lines,
+    _was_not_tried,
+)

@@ -1,0 +1,118 @@
+"""Owns what proposals cost: the price table, upper bounds, and the caps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jobs.history import add_usage
+from jobs.model import Usage
+
+if TYPE_CHECKING:
+    from jobs.history import State
+
+
+class Price(NamedTuple):
+    """Dollars per million tokens. Thinking is output; `cache_write` is for an hour's life."""
+
+    input: float
+    output: float
+    cache_write: float
+    cache_read: float
+
+
+# As published in November 2026; agent.prices adds to it and overrides it.
+PRICES: Mapping[str, Price] = {
+    "claude-opus-5-5": Price(4.0, 20.0, 8.0, 0.2),
+    "claude-opus-5": Price(5.0, 25.0, 10.0, 0.5),
+    "claude-sonnet-5-5": Price(2.0, 10.0, 4.0, 0.1),
+    "claude-haiku-5-5": Price(0.1, 0.5, 0.2, 0.01),  # up to 100,000 tokens of input
+}
+CONTEXT_TOKENS = 100_000  # the largest request that a proposal may grow to
+PROPOSAL_TOKENS = 1_000_000  # all replies of one proposal together
+
+
+def price(settings: Any) -> Price:
+    """The price of the configured model.
+
+    Raises:
+        KeyError: the model is in neither table (the message says what to set).
+    """
+    given = settings.prices.get(settings.model)
+    if given is not None:
+        return Price(given.input, given.output, given.cache_write, given.cache_read)
+    name = settings.model.rpartition("anthropic.")[2].partition("@")[0]  # Bedrock's and Vertex's
+    if name not in PRICES:
+        raise KeyError(
+            f"no price is known for {settings.model}; set agent.prices.{settings.model} to "
+            f"{{input, output, cache_write, cache_read}} in dollars per million tokens"
+        )
+    return PRICES[name]
+
+
+def usage(price: Price, told: Any, *, output: int | None = None) -> Usage:
+    """A reply's usage as the API `told` it. `output`: in its place, for a reply that broke off."""
+    return cost(
+        price,
+        told.input_tokens or 0,
+        told.output_tokens or 0 if output is None else max(output, told.output_tokens or 0),
+        told.cache_creation_input_tokens or 0,
+        told.cache_read_input_tokens or 0,
+        estimated=output is not None,
+    )
+
+
+def cost(
+    price: Price,
+    fresh: int = 0,
+    output: int = 0,
+    write: int = 0,
+    read: int = 0,
+    estimated: bool = False,
+) -> Usage:
+    """Token counts as a Usage with its dollars."""
+    dollars = (
+        fresh * price.input
+        + output * price.output
+        + write * price.cache_write
+        + read * price.cache_read
+    ) / 1e6
+    return Usage(fresh, output, write, read, dollars, estimated)
+
+
+def bound(price: Price, request_bytes: int, max_tokens: int) -> Usage:
+    """The most that one call can cost: two bytes to a token, all of it written to the cache."""
+    return cost(price, output=max_tokens, write=request_bytes // 2 + 1000, estimated=True)
+
+
+def tokens(spent: Usage) -> int:
+    """All tokens, however they were priced."""
+    return (
+        spent.input_tokens
+        + spent.output_tokens
+        + spent.cache_write_tokens
+        + spent.cache_read_tokens
+    )
+
+
+def proposal(settings: Any) -> Usage:
+    """The most that one proposal may cost: twice what the largest call can cost."""
+    most = bound(price(settings), CONTEXT_TOKENS * 2, settings.max_tokens)
+    return Usage(cache_read_tokens=PROPOSAL_TOKENS, dollars=2 * most.dollars)
+
+
+def fits(spent: Usage, more: Usage, caps: Any) -> bool:
+    """Whether `more` still fits under `caps` (dollars, tokens; None: no cap)."""
+    total = add_usage(spent, more)
+    return (caps.dollars is None or total.dollars <= caps.dollars) and (
+        caps.tokens is None or tokens(total) <= caps.tokens
+    )
+
+
+def room(state: State, branch: str, want: Usage, own: Any, campaign: Any) -> Usage | None:
+    """`want` if the branch's `own` caps and the campaign's leave room for it, in flight counted."""
+    if not fits(state.committed(branch), want, own):
+        return None
+    if campaign is not None and not fits(state.committed(), want, campaign):
+        return None
+    return want
