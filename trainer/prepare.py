@@ -170,7 +170,7 @@ def __getattr__(name: str):
 
 
 def progress() -> float:
-    """The share of the budget used, in [0, 1], by the referee's clock as of the last batch."""
+    """The share of the budget used, in [0, 1], by the referee's clock."""
     return _session().progress
 
 

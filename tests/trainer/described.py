@@ -40,11 +40,11 @@ def rows(
                 documents, epoch = next(refills)
                 buffer.extend(tokenise(documents))
             rest = T + 1 - len(row)
-            best = None
+            best, longest = -1, 0
             for i, document in enumerate(buffer):
-                if len(document) <= rest and (best is None or len(document) > len(buffer[best])):
-                    best = i
-            if best is None:
+                if longest < len(document) <= rest:
+                    best, longest = i, len(document)
+            if best < 0:
                 best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
             row += buffer.pop(best)[:rest]
         yield row, epoch
