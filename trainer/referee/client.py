@@ -39,7 +39,8 @@ class Session:
         time_budget: seconds; 0.98 of a wall budget; of a token budget its wall ceiling, else inf.
         seed: the run's seed.
         scale: the campaign's scale, by name.
-        progress: share of the budget used, in [0, 1], as of the last batch.
+        progress: share of the budget used, in [0, 1]: as sent with the last batch, and on from
+            there by the same monotonic clock when the budget is wall time.
         val_bpb: bits per byte by the referee, once scored.
         waited_s: seconds spent waiting in `next`.
     """
@@ -52,7 +53,7 @@ class Session:
             self.time_budget = welcome["time_budget"]
         self.seed: int = welcome["seed"]
         self.scale: str = welcome["scale"]
-        self.progress: float = welcome["progress"]
+        self._sent = (welcome["progress"], 0.0, time.monotonic())  # progress, per second, as of
         self.val_bpb: float | None = None
         self.waited_s = 0.0
         self._connection = connection
@@ -90,6 +91,11 @@ class Session:
         atexit.register(session.close)
         return session
 
+    @property
+    def progress(self) -> float:
+        sent, pace, since = self._sent
+        return min(1.0, sent + pace * (time.monotonic() - since))
+
     def next(self, rows: int, length: int, split: str = "train") -> tuple[np.ndarray, int]:
         """The next batch: a uint16 view (rows, length + 1) of shared memory, and its epoch.
 
@@ -104,7 +110,7 @@ class Session:
             {"type": "next", "rows": int(rows), "length": int(length), "split": str(split)}
         )
         self.waited_s += time.perf_counter() - start
-        self.progress = reply["progress"]
+        self._sent = (reply["progress"], reply["pace"], time.monotonic())
         return self._view(reply, np.dtype("<u2"), reply["length"] + 1), reply["epoch"]
 
     def log(self, metrics: Mapping[str, float | str | None]) -> None:
@@ -221,7 +227,7 @@ def _start_referee() -> tuple[Path, subprocess.Popen]:
         "private": str(folder),
         "data": os.environ.get("AUTORESEARCH_DATA", "data"),
         "seed": int(os.environ.get("AUTORESEARCH_SEED", "1")),
-        "parent": os.getpid(),
+        "alone": True,
     }
     referee = subprocess.Popen(
         [sys.executable, "-m", "referee.server"],

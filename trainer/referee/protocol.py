@@ -7,7 +7,6 @@ A frame is a little-endian uint32 length and that many bytes of one JSON object 
 from __future__ import annotations
 
 import json
-import math
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,8 @@ FEATURES = ("feed", "score", "log")
 
 # Named now, used by the audit of a later version; a referee of version 1 refuses them in words.
 RESERVED = frozenset({"logits", "twins", "audit", "repeat"})
+
+REQUESTS = frozenset({"next", "score", "answer", "log"})
 
 MAX_LOG_KEYS = 32
 MAX_LOG_KEY = 64  # characters
@@ -78,9 +79,14 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
 def whole(message: Mapping[str, Any], key: str) -> int:
     """The positive integer under `key`. Raises Garbage if it is anything else."""
     value = message.get(key)
-    if type(value) is not int or value <= 0:
+    if type(value) is not int or not 0 < value < 2**40:
         raise Garbage(f'"{message["type"]}" needs a positive integer "{key}", got {value!r:.60}')
     return value
+
+
+def seconds(value: Any) -> float | None:
+    """A plausible duration that a program claims, else None."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e9 else None
 
 
 def check_metrics(metrics: Any) -> dict[str, float | str | None]:
@@ -96,7 +102,7 @@ def check_metrics(metrics: Any) -> dict[str, float | str | None]:
             raise Refused(f"log: a name has 1 to {MAX_LOG_KEY} characters, got {key!r:.80}")
         if value is None or (isinstance(value, str) and len(value) <= MAX_LOG_TEXT):
             continue
-        if not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 1e300:
+        if not isinstance(value, int | float) or not abs(value) <= 1e300:  # NaN compares as False
             raise Refused(
                 f"log: {key} must be a finite number or at most {MAX_LOG_TEXT} characters of text,"
                 f" got {value!r:.80}"

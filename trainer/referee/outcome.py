@@ -1,0 +1,147 @@
+"""How a run ended: from what was seen, its status and one line in words. Pure.
+
+The statuses are PROTOCOL.md's: ok, crash, timeout, oom, invalid, infrastructure.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from .supervise import Ending
+
+# Signals that a program earns by itself; any other came from somebody else.
+OWN_FAULT = {"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP", "SIGXFSZ"}
+OWN_FAULT |= {"SIGPIPE", "SIGXCPU", "SIGALRM"}
+OUT_OF_MEMORY = re.compile(
+    r"^(torch\.(cuda\.)?OutOfMemoryError|MemoryError|numpy\.\S*MemoryError"
+    r"|RuntimeError: .*(CUDA|HIP|MPS|out of memory).*(out of memory|failed to allocate)"
+    r"|.*DefaultCPUAllocator: (not enough|can't allocate) memory)",
+    re.M,
+)
+APPTAINER_FAILED = 255
+ACCOUNT_STATES = {
+    "invalid": "invalid",
+    "overtime": "timeout",
+    "late": "crash",
+    "nonfinite": "crash",
+    "refused": "crash",
+}
+
+
+def of_training(
+    ending: Ending,
+    account: Mapping[str, Any] | None,
+    referee_died: str | None,
+    contained: bool,
+    memory_limit_mb: int | None,
+    wall_limit_s: float,
+) -> tuple[str, str]:
+    """(status, reason) of a nanochat run.
+
+    Args:
+        account: the referee's score.json, None where it left none.
+        referee_died: in words, when it ended before it was told to.
+        contained: the program ran in a container, whose own failure is status 255.
+    """
+    state = account["state"] if account else None
+    if ending.breach:
+        return of_breach(ending)
+    if state == "scored":
+        assert account is not None
+        return "ok", account["reason"] + after_the_score(ending)
+    if state in ACCOUNT_STATES:
+        assert account is not None
+        return ACCOUNT_STATES[state], account["reason"]
+    if referee_died:
+        return "infrastructure", referee_died
+    if contained and ending.code == APPTAINER_FAILED and never_connected(account):
+        return "infrastructure", f"the container did not start: {last_line(ending.tail)}"
+    if ending.timed_out:
+        return "timeout", f"it never asked to be scored within {wall_limit_s:g} s"
+    status, reason = of_command(ending, memory_limit_mb)
+    if status == "ok":
+        return "crash", "the program ended by itself without asking to be scored"
+    refusals = account["refusals"] if account else []
+    if status == "crash" and refusals:
+        return "crash", f"the referee refused: {refusals[-1]} ({reason})"
+    return status, reason
+
+
+def of_command(ending: Ending, memory_limit_mb: int | None) -> tuple[str, str]:
+    """(status, reason) of any command that has to end with status 0 by itself."""
+    if ending.breach:
+        return of_breach(ending)
+    if ending.failed:
+        return "infrastructure", f"its isolation could not be set up: {ending.failed}"
+    if ending.stopped or ending.lost:
+        return "infrastructure", ending.stopped or ending.lost or ""
+    if ending.timed_out:
+        return "timeout", "it did not end within its time limit"
+    if ending.code == 0:
+        return "ok", "ended with status 0"
+    # A shell reports the signal that its child died of as 128 + its number.
+    number = ending.signal or (ending.code - 128 if (ending.code or 0) > 128 else None)
+    name = signal_name(number)
+    evidence = memory_evidence(ending, memory_limit_mb, killed=name == "SIGKILL")
+    if evidence:
+        return "oom", f"out of memory: {evidence}"
+    if name and name not in OWN_FAULT:
+        return "infrastructure", f"the program was killed from outside by {name}"
+    if name:
+        return "crash", f"the program died of {name}: {last_line(ending.tail)}"
+    return "crash", f"exit status {ending.code}: {last_line(ending.tail)}"
+
+
+def of_breach(ending: Ending) -> tuple[str, str]:
+    """(status, reason) of a run that was ended at one of its limits."""
+    assert ending.breach is not None
+    return ("oom" if ending.breach.kind == "memory" else "invalid"), ending.breach.words
+
+
+def memory_evidence(ending: Ending, limit_mb: int | None, killed: bool) -> str | None:
+    """What shows that memory ran out: the program's own words, or the kernel's count and peak."""
+    match = OUT_OF_MEMORY.search(ending.tail)
+    if match:
+        return match[0][:200]
+    if not killed:
+        return None
+    if ending.oom_killed:
+        return "the kernel killed for memory in this run's cgroup"
+    if limit_mb is not None and ending.peak_mb >= 0.9 * limit_mb:
+        return f"killed at {ending.peak_mb:.0f} MiB, the limit is {limit_mb} MiB"
+    return None
+
+
+def after_the_score(ending: Ending) -> str:
+    """A word on a program that was scored and then did not end well. Its score stands."""
+    if ending.timed_out or ending.stopped:
+        return f"; afterwards it was ended: {ending.stopped or 'its time was over'}"
+    if ending.signal:
+        return f"; afterwards it died of {signal_name(ending.signal)}"
+    return f"; afterwards exit status {ending.code}" if ending.code else ""
+
+
+def never_connected(account: Mapping[str, Any] | None) -> bool:
+    return account is None or account["reason"] == "the program never connected"
+
+
+def signal_name(number: int | None) -> str | None:
+    """ "SIGKILL" for 9; None for no signal."""
+    try:
+        return signal.Signals(number).name if number else None
+    except ValueError:
+        return None
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, printable, at most 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return printable(lines[-1]) if lines else "it printed nothing"
+
+
+def printable(text: str) -> str:
+    """Without control characters: reasons are shown in terminals, tables and prompts."""
+    return "".join(c if c.isprintable() else " " for c in text)[:300]
