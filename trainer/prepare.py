@@ -158,14 +158,8 @@ class Tokenizer:
 
 def __getattr__(name: str):
     """MAX_SEQ_LEN, TIME_BUDGET (0.98 of the budget), SEED and SCALE: facts of the session."""
-    facts = {
-        "MAX_SEQ_LEN": "max_seq_len",
-        "TIME_BUDGET": "time_budget",
-        "SEED": "seed",
-        "SCALE": "scale",
-    }
-    if name in facts:
-        return getattr(_session(), facts[name])
+    if name in ("MAX_SEQ_LEN", "TIME_BUDGET", "SEED", "SCALE"):
+        return getattr(_session(), name.lower())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -205,6 +199,11 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
         for rows, answer in session.score(batch_size):
             x, y = _tensors(rows)
             losses = model(x, y, reduction="none")
+            if losses.numel() != x.numel():
+                raise ValueError(
+                    'model(x, y, reduction="none") must give the loss of every position, '
+                    f"{tuple(x.shape)}; it gave {tuple(losses.shape)}"
+                )
             answer(losses.float().reshape(x.shape).cpu().numpy())
     _save_weights(model)
     return session.val_bpb
@@ -344,10 +343,13 @@ def prepare(source, scale: Scale, folder: Path, offline=False, download_only=Fal
     shards = source.shards if source.name == "climbmix" else None
     scale_facts = dataclasses.asdict(scale) | {"warmup_tokens": scale.warmup_tokens}
     request = {"corpus": source.name, "scale": scale_facts, "training_shards": shards}
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        if _begun(folder, request):
+    manifest = folder / "manifest.json"
+    # A complete folder may be read-only: no lock there.
+    with contextlib.nullcontext() if manifest.exists() else _alone(folder):
+        if manifest.exists():
+            _same(manifest, request)
             return rows.check(folder)
+        _begin(folder, request)
         corpora.fetch(source, folder, offline)
         if download_only:
             return None
@@ -360,28 +362,31 @@ def prepare(source, scale: Scale, folder: Path, offline=False, download_only=Fal
         return rows.write_manifest(folder, request | made)
 
 
-def _begun(folder: Path, request: dict) -> bool:
-    """Whether the folder is complete. DataError where it was begun for another request."""
+def _begin(folder: Path, request: dict) -> None:
+    """Go on with what an earlier call for the same request left, or write down this one."""
     import rows
 
-    manifest, record = folder / "manifest.json", folder / ".request.json"
-    found = next((p for p in (manifest, record) if p.exists()), None)
-    if found is None:
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise rows.DataError(f"{folder} holds other files: name an empty folder with --data.")
-        rows.write_json(record, request)
-        return False
-    stored = json.loads(found.read_text())
+    record = folder / ".request.json"
+    if record.exists():
+        _same(record, request)
+        for left_by_a_kill in folder.rglob(".*.tmp"):
+            left_by_a_kill.unlink()
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise rows.DataError(f"{folder} holds other files: name an empty folder with --data.")
+    rows.write_json(record, request)
+
+
+def _same(record: Path, request: dict) -> None:
+    """Raise DataError where a folder was made, or begun, for another request."""
+    import rows
+
+    stored = json.loads(record.read_text())
     if any(stored.get(name) != value for name, value in request.items()):
         raise rows.DataError(
-            f"{folder} was begun for {stored['corpus']} at scale {stored['scale']['name']} "
+            f"{record.parent} was begun for {stored['corpus']} at scale {stored['scale']['name']} "
             f"(training shards: {stored['training_shards']}), as that was then defined; this "
             "request differs. Name another folder with --data, or delete it."
         )
-    if found == record:
-        for left_by_a_kill in folder.rglob(".*.tmp"):
-            left_by_a_kill.unlink()
-    return found == manifest
 
 
 def _tokenizer(folder: Path, shards: list[Path], vocab_size: int) -> Tokenizer:
@@ -414,8 +419,8 @@ def _pack(folder: Path, split: str, shards: list[Path], tokenizer: Tokenizer, sc
     import rows
 
     if not (folder / f"{split}.u16").exists():
-        bos, cores = tokenizer.get_bos_token_id(), os.cpu_count() or 1
-        encode = functools.partial(tokenizer.encode, prepend=bos, num_threads=cores)
+        bos = tokenizer.get_bos_token_id()
+        encode = functools.partial(tokenizer.encode, prepend=bos, num_threads=_cores())
         rows.build_arena(folder, split, corpora.batches(shards), encode)
     facts = rows.rows_path(folder, split, scale.max_seq_len).with_suffix(".json")
     if not facts.exists():
@@ -423,6 +428,12 @@ def _pack(folder: Path, split: str, shards: list[Path], tokenizer: Tokenizer, sc
     tokens, offsets, _ = rows.arena(folder, split)
     packed = json.loads(facts.read_text())["rows"]
     return {"documents": len(offsets) - 1, "tokens": tokens.size, "rows": packed}
+
+
+def _cores() -> int:
+    """What this process may use: a job's share of its node, where the system tells."""
+    own = getattr(os, "sched_getaffinity", None)
+    return min(16, len(own(0)) if own else os.cpu_count() or 1)
 
 
 def _versions() -> dict[str, str]:
@@ -437,6 +448,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel drops it with the process, however that ends."""
     import fcntl
 
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -286,12 +286,12 @@ def _open_rows(folder: Path, split: str, T: int):
         return path.open("rb", buffering=0), facts
     if not (folder / f"{split}.u16").exists():
         raise DataError(f"{folder} has no split {split!r}.")
-    if os.access(folder, os.W_OK):
+    try:
         facts = bake_into(folder, split, T)
         return path.open("rb", buffering=0), facts
-    file = _memory_file(path.name)
-    facts = bake(folder, split, T, file)
-    return file, facts
+    except OSError:  # read-only, or full
+        file = _memory_file(path.name)
+        return file, bake(folder, split, T, file)
 
 
 def _memory_file(name: str):

@@ -74,6 +74,7 @@ class Model(torch.nn.Module):
         self.frozen = torch.nn.Dropout(0.5).eval()
         self.dropout = torch.nn.Dropout(0.5)
         self.flat = flat
+        self.to(prepare.device())
 
     def forward(self, x, y, reduction="mean"):
         logits = self.head(self.dropout(self.frozen(self.embedding(x))))
@@ -150,8 +151,8 @@ def test_batches_are_the_row_stream_in_tensors_of_the_callers_own(session, token
     stream, position = rows.RowStream(data, "train", 64), 0
     for x, y, epoch in kept:
         batch, wanted, position = stream.take(4, position)
-        assert np.array_equal(x.numpy(), batch[:, :-1])
-        assert np.array_equal(y.numpy(), batch[:, 1:])
+        assert np.array_equal(x.cpu(), batch[:, :-1])
+        assert np.array_equal(y.cpu(), batch[:, 1:])
         assert epoch == wanted
         for part in (x, y):
             assert part.dtype == torch.int64
@@ -164,7 +165,7 @@ def test_another_batch_size_continues_the_stream(session, tokenizer, data):
     first = next(prepare.make_dataloader(tokenizer, 3, 64, "train"))[0]
     second = next(prepare.make_dataloader(tokenizer, 5, 64, "train"))[0]
     expected = rows.RowStream(data, "train", 64).take(8, 0)[0][:, :-1]
-    assert np.array_equal(torch.cat([first, second]).numpy(), expected)
+    assert np.array_equal(torch.cat([first, second]).cpu(), expected)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +189,8 @@ def plain_bpb(model: Model, data: Path) -> float:
     """Bits per byte by the description, in one process and float64."""
     stream = rows.RowStream(data, "val", 64)
     batch = stream.take(min(TINY.eval_tokens // 64, stream.rows), 0)[0].astype(np.int64)
-    x, y = torch.from_numpy(batch[:, :-1]), torch.from_numpy(batch[:, 1:])
-    lengths = torch.from_numpy(rows.token_bytes(data)[0])[y].flatten()
+    x, y = (torch.from_numpy(part).to(prepare.device()) for part in (batch[:, :-1], batch[:, 1:]))
+    lengths = torch.from_numpy(rows.token_bytes(data)[0]).to(y.device)[y].flatten()
     model.eval()
     with torch.no_grad():
         losses = model(x, y, reduction="none").flatten().double()
@@ -211,9 +212,15 @@ def test_the_score_is_that_of_a_plain_evaluation(session, tokenizer, data, batch
 def test_a_model_that_answers_in_bfloat16_is_scored(session, tokenizer, data):
     model = Model(tokenizer.get_vocab_size()).bfloat16()
     expected = plain_bpb(model.float(), data)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(prepare.device(), torch.bfloat16):
         found = prepare.evaluate_bpb(model.bfloat16(), tokenizer, 8)
     assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_a_model_that_reduces_its_losses_is_told(session, tokenizer):
+    model = Model(tokenizer.get_vocab_size())
+    with pytest.raises(ValueError, match=r"every position, \(8, 64\); it gave \(\)"):
+        prepare.evaluate_bpb(lambda x, y, reduction: model(x, y), tokenizer, 8)
 
 
 def test_a_second_score_is_refused_in_words(session, tokenizer):
@@ -340,6 +347,8 @@ def test_a_folder_of_another_request_is_refused(data, texts, tmp_path):
     wrong = command("--corpus", f"dir:{texts}", "--data", data, "--scale", "small")
     assert wrong.returncode == 1
     assert "at scale cpu" in wrong.stderr
+    again = command("--corpus", f"dir:{texts}", "--data", data)
+    assert "as that was then defined" in again.stderr, "TINY is not the cpu of SCALES"
     (tmp_path / "mine.txt").write_text("not data")
     wrong = command("--data", tmp_path)
     assert "holds other files" in wrong.stderr

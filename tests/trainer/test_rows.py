@@ -1,5 +1,6 @@
 """The row stream: upstream's to the token, in a seed's order, and never from damaged files."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -178,7 +179,10 @@ def test_another_T_goes_on_at_the_same_fraction_of_the_stream(stdlib):
 
 
 def test_a_folder_that_cannot_be_written_is_served_from_memory(stdlib, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(rows, "bake_into", read_only)
     before = sorted(stdlib.iterdir())
     batch, _, _ = rows.RowStream(stdlib, "val", 31).take(7, 3)
     assert sorted(stdlib.iterdir()) == before
