@@ -419,7 +419,7 @@ def _once(errors: list[Any]) -> list[Any]:
 def _words(error: Any) -> str:
     """'executor.slots: 0 is not allowed: should be greater than or equal to 1'."""
     places = [p for p in error["loc"] if p != "[key]" and not str(p).startswith("function-")]
-    path = ".".join(str(place) for place in places)
+    path = ".".join(str(p) if str(p).isprintable() else repr(p) for p in places)
     if error["type"] == "unexpected_keyword_argument":
         allowed = _keys(places[:-1])
         near = difflib.get_close_matches(str(places[-1]), allowed, n=1, cutoff=0.5)

@@ -242,7 +242,7 @@ class _Fold:
             return
         try:
             handler(self, event)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise LedgerBroken(
                 f"Event {n} ({event['event']}, byte {event.get('at')}) does not fit what came "
                 f"before it: {type(error).__name__} {error}",

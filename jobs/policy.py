@@ -255,14 +255,21 @@ class Difference:
 
 def verify(events: Iterable[Event], state: State | None = None) -> list[Difference]:
     """Decides again at every decision of a ledger, from what came before it alone."""
-    state = state or State()
-    found = []
+    state, between, found = state or State(), [], []
     for event in events:
-        if event["event"] == "decided" and event.get("fence", state.fence) >= state.fence:
-            recorded = event["decision"]
-            again = to_json(decide(state, recorded["experiment"], recorded["rule_version"]))
-            if again != recorded:
-                number = event.get("n", state.events)
-                found.append(Difference(recorded["experiment"], number, recorded, again))
-        state = fold([event], state)
+        if event["event"] == "decided":
+            state, between = fold(between, state), []
+            found += _again(event, state)
+        between.append(event)
     return found
+
+
+def _again(event: Event, state: State) -> list[Difference]:
+    """What differs between a recorded decision and the same one now, on `state`."""
+    if event.get("fence", state.fence) < state.fence:
+        return []  # a displaced writer's
+    recorded = event["decision"]
+    again = to_json(decide(state, recorded["experiment"], recorded["rule_version"]))
+    if again == recorded:
+        return []
+    return [Difference(recorded["experiment"], event.get("n", state.events), recorded, again)]

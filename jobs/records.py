@@ -166,6 +166,9 @@ class Vector:
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(self._size))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vector) and list(self) == list(other)
+
     def thaw(self) -> Vector:
         """A copy to write to, before anybody else sees it."""
         return Vector(self.chunks, self._size)
