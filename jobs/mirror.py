@@ -71,6 +71,14 @@ def _with_notes(
     return objects.write_tree(entries)
 
 
+def noted(repository: Repository) -> set[str]:
+    """The commits that have a note."""
+    head = repository.objects.resolve(f"{NOTES}^{{commit}}")
+    if head is None:
+        return set()
+    return {path.replace("/", "") for path, _ in repository.objects.walk(repository.tree(head))}
+
+
 def save_records(repository: Repository, campaign: str, records: Mapping[str, bytes]) -> None:
     """Keep these records (name or path -> bytes) beside those that are kept already.
 
