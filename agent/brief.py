@@ -12,7 +12,8 @@ from agent.researcher import Context
 from jobs.text import lines, one_line
 
 if TYPE_CHECKING:
-    from jobs.history import Branch, Record, State
+    from jobs.history import State
+    from jobs.records import Branch, Record
 
 # What the digest may hold: the same after 100 experiments and after 100,000.
 LAST, CHAIN, NEAR, GROUPS, FLIGHT, BRANCHES, NOTES = 20, 14, 8, 8, 12, 6, 5

@@ -152,10 +152,11 @@ def _parses(edit: Edit) -> Iterator[str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compile(edit.new[path], path, "exec", dont_inherit=True)
+                compile(edit.new[path], "<program>", "exec", dont_inherit=True)
         except SyntaxError as error:
-            line = (error.text or "").strip()[:100]
-            yield f"{path} line {error.lineno} does not parse: {error.msg}: {line}"
+            line = edit.new[path].split("\n")[(error.lineno or 1) - 1 :][:1]
+            said = line[0].strip()[:100] if line else ""
+            yield f"{path} line {error.lineno} does not parse: {error.msg}: {said}"
         except (ValueError, RecursionError, MemoryError) as error:
             yield f"{path} does not parse: {type(error).__name__}: {error}"
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jobs.history import Record, State
+    from jobs.history import State
+    from jobs.records import Record
 
 MODEL = "model"  # the tag of what a language model proposed
 
