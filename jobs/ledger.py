@@ -113,6 +113,9 @@ class Lines:
 class Ledger:
     """The writer. `check` is called before each append and raises `Displaced` (lease.check).
 
+    Append an event as soon as it is open, before the history is read: from then on every reader
+    ignores what a displaced writer may still append.
+
     Attributes:
         torn: bytes of a torn last line that opening cut off (b"" for none), to be reported.
         offset: length in bytes up to the last whole line.
@@ -148,7 +151,7 @@ class Ledger:
         """
         self.check()
         if os.fstat(self._fd).st_size != self.offset:
-            self._catch_up()
+            self._catch_up_late()
         made = [self._event(name, payload, i) for i, (name, payload) in enumerate(events)]
         lines = [
             json.dumps(e, separators=(",", ":"), allow_nan=False).encode() + b"\n" for e in made
@@ -198,6 +201,16 @@ class Ledger:
             self.torn = tail.torn
             with effect("ledger.truncate"):
                 self._cut()
+
+    def _catch_up_late(self) -> None:
+        """Skips what a displaced writer appended after this one opened the file."""
+        known = self._next
+        self._catch_up()
+        if self._next != known:  # before this writer's first line, so that readers do not ignore it
+            raise Paused(
+                f"{self.path} was written by a displaced controller while this one started",
+                "Start again: nothing is lost, and its lines will be taken into account",
+            )
 
     def _write(self, data: bytes) -> None:
         try:

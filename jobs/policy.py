@@ -255,10 +255,12 @@ class Difference:
 
 def verify(events: Iterable[Event], state: State | None = None) -> list[Difference]:
     """Decides again at every decision of a ledger, from what came before it alone."""
-    state, between, found = state or State(), [], []
+    state, found = state or State(), []
+    between: list[Event] = []
     for event in events:
         if event["event"] == "decided":
-            state, between = fold(between, state), []
+            state = fold(between, state)
+            between.clear()
             found += _again(event, state)
         between.append(event)
     return found

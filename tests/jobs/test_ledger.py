@@ -158,6 +158,15 @@ def test_late_lines_of_a_displaced_writer_do_not_disturb_the_numbers(tmp_path: P
     assert ledger.Ledger(path, 3).append("told", text="newest")["n"] == 5
 
 
+def test_a_late_line_before_the_new_writers_first_is_not_overlooked(tmp_path: Path) -> None:
+    path = a_ledger(tmp_path)
+    old, new = ledger.Ledger(path, 1), ledger.Ledger(path, 2)
+    old.append("told", text="readers will see this")
+    with pytest.raises(Paused, match="by a displaced controller while this one started"):
+        new.append("told", text="decided without it")
+    assert new.append("told", text="after looking again")["n"] == 4
+
+
 def test_a_disk_that_is_full_pauses_and_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
     # A file size limit cuts a write short first, and refuses the rest: a torn line, for real.
     a_ledger(tmp_path)
