@@ -52,7 +52,9 @@ def main():
 
 main()
 '''
-PREPARE = '"""The frozen half."""\n\n\ndef evaluate_bpb(model, tokenizer, batch_size):\n    return 1\n'
+PREPARE = (
+    '"""The frozen half."""\n\n\ndef evaluate_bpb(model, tokenizer, batch_size):\n    return 1\n'
+)
 
 
 class Shelf:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_all_limits_are_read():
-    text = "---\nmay_change: [depth, Muon]\nmax_lines: 40\nmax_params: 50e6\nmax_memory_gb: 70.5\n---\nx"
+    text = "---\nmay_change: [depth, Muon]\nmax_lines: 40\nmax_params: 50e6\n"
+    text += "max_memory_gb: 70.5\n---\n# Goal\n"
     assert program.limits(text) == program.Limits(("depth", "Muon"), 40, 50_000_000, 70.5)
 
 
@@ -55,7 +56,9 @@ def test_results_over_a_limit_are_named_and_unknown_ones_pass():
     assert "2.05 GB" in program.check_result(demands, Result("r", "ok", "", 1.0, memory_mb=2100))
 
 
-@pytest.mark.parametrize("path", ["program.md", *sorted(p.name for p in ROOT.glob("programs/*.md"))])
+@pytest.mark.parametrize(
+    "path", ["program.md", *sorted(p.name for p in ROOT.glob("programs/*.md"))]
+)
 def test_the_shipped_programs_can_be_read(path):
     file = ROOT / path if path == "program.md" else ROOT / "programs" / path
     program.limits(file.read_text())
