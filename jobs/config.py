@@ -116,7 +116,6 @@ class Executor:
     slots: Count = _says(1, "runs in flight at once, all branches together")
     image: str | None = _says(None, "the container image's tag; null: no container")
     python: str | None = _says(None, "interpreter of the runs; null: the controller's own")
-    devices: tuple[str, ...] = _says((), "local: CUDA_VISIBLE_DEVICES of each slot, ['0', '1']")
     threads: Count | None = _says(None, "CPU threads of a run; null: its share of the cores")
     isolation: Literal["auto", "namespaces", "none", "apptainer"] = _says(
         "auto", "auto, namespaces, apptainer or none"
@@ -184,7 +183,9 @@ class Agent:
     constants: tuple[str, ...] = _says((), "sweep: only these constants; empty: all found")
     script: str | None = _says(None, "scripted: file of edits")
     model: str = _says("claude-opus-5-5", "anthropic: model")
-    effort: Literal["low", "medium", "high", "max"] = _says("high", "anthropic: low to max")
+    effort: Literal["low", "medium", "high", "xhigh", "max"] = _says(
+        "high", "anthropic: low, medium, high, xhigh or max"
+    )
     max_tokens: Count = _says(32000, "anthropic: of one reply")
     provider: Literal["anthropic", "bedrock", "vertex"] = _says(
         "anthropic", "anthropic, bedrock or vertex"

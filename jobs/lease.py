@@ -135,8 +135,8 @@ class Lease:
                 self.beat()
             except Displaced:
                 return  # the next append's check stops the controller
-            except OSError:
-                continue  # a full disk pauses the campaign at its next append, in words
+            except (OSError, Paused):
+                continue  # what is wrong with the disk pauses the campaign at its next append
 
     def _write(self, released: bool = False) -> Path:
         who = self.process
