@@ -115,7 +115,8 @@ class Repository:
             said.append("partial clone: objects that are missing are fetched from its remote")
         if self._repo.head.is_detached:
             said.append("detached HEAD: experiments start from the commit it is at")
-        status = self.git("status", "--porcelain", "--untracked-files=no")
+        # status would refresh the user's index file on the way
+        status = self.git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
         if status:
             said.append(
                 f"{len(status.splitlines())} uncommitted changes: experiments start from the last "
@@ -295,15 +296,16 @@ class Repository:
     def restore(self, refs: Mapping[str, str]) -> list[str]:
         """Make refs agree with the ledger (after a kill, a lost disk). What could not be mended."""
         now = self.refs("refs/autoresearch", "refs/heads/autoresearch")
-        wrong = [(ref, sha, now.get(ref)) for ref, sha in refs.items() if now.get(ref) != sha]
-        absent = [move for move in wrong if move[2] is None]
-        self.point_all(absent)
-        trouble = []
-        for ref, new, _ in (move for move in wrong if move[2] is not None):
-            try:
-                self.point(ref, new, new)
-            except (RefMoved, BranchInUse) as error:
-                trouble.append(str(error))
+        wrong = {ref: sha for ref, sha in refs.items() if now.get(ref) != sha}
+        gone = {ref: sha for ref, sha in wrong.items() if self.objects.resolve(sha) is None}
+        trouble = [f"{_short(ref)}: its commit {sha} was pruned" for ref, sha in gone.items()]
+        self.point_all([(r, s, None) for r, s in wrong.items() if r not in now and r not in gone])
+        for ref, sha in wrong.items():
+            if ref in now and ref not in gone:
+                try:
+                    self.point(ref, sha, sha)
+                except (RefMoved, BranchInUse) as error:
+                    trouble.append(str(error))
         return trouble
 
     def _leads_to(self, ancestor: str, commit: str) -> bool:

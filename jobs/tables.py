@@ -7,6 +7,7 @@ reads only what is new, and gives the same bytes or rows as writing them from no
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -74,20 +75,22 @@ class Tables:
         Raises:
             OSError: the disk refused.
         """
-        names = [*self._open, *(state.records[i].id for i in range(self._seen, len(state.records)))]
-        new = [record for record in map(state.record, names) if is_settled(record)]
-        new.sort(key=lambda r: _order(r.decided))
+        new = self._newly_settled(state) if self._sizes else []
         for branch in (None, *state.branches):
             path = self._path(branch)
-            rows = [_row(state, r) for r in new if branch in (None, r.branch)]
-            if not rows and path in self._sizes:
-                continue
-            if path in self._sizes and _size(path) == self._sizes[path]:
+            if path not in self._sizes or _size(path) != self._sizes[path]:
+                _catch_up(path, state, branch)
+            elif rows := [_row(state, r) for r in new if branch in (None, r.branch)]:
                 _append(path, rows)
             else:
-                _catch_up(path, state, branch)
+                continue
             self._sizes[path] = _size(path)
         self._seen, self._open = len(state.records), state.in_flight
+
+    def _newly_settled(self, state: State) -> list[Record]:
+        names = [*self._open, *(state.records[i].id for i in range(self._seen, len(state.records)))]
+        new = [record for record in map(state.record, names) if is_settled(record)]
+        return sorted(new, key=lambda r: _order(r.decided))
 
     def _path(self, branch: str | None) -> Path:
         return (self.folder / "branches" / branch if branch else self.folder) / "results.tsv"
@@ -179,6 +182,7 @@ _COUNTS = ("lines_added", "lines_removed", "runs", "steps", "tokens", "params")
 _USAGE = ("input_tokens", "output_tokens", "cache_write_tokens", "cache_read_tokens")
 
 
+@functools.cache
 def schema() -> Any:
     """Columns and types of results.parquet; every one may be null."""
     import pyarrow as pa

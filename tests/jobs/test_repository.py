@@ -188,8 +188,10 @@ def test_checkout_index_branch_and_uncommitted_work_are_untouched(
     git(lab, "add", "staged.txt")
     (lab / "untracked.txt").write_text("mine\n")
     status = git(lab, "status", "-s")
+    os.utime(lab / "run.sh")  # so that a git status would write the index anew
     watched = [lab / ".git" / name for name in ("index", "HEAD", "config", "logs/HEAD")]
     before = [p.read_bytes() for p in watched]
+    assert any("uncommitted" in remark for remark in repository.remarks())
     start = repository.start()
     for i in range(3):
         made = commit(repository, start, edited(i, f"a = {i}"))
@@ -201,7 +203,6 @@ def test_checkout_index_branch_and_uncommitted_work_are_untouched(
     assert git(lab, "status", "-s") == status
     assert git(lab, "rev-parse", "main").strip() == start
     assert (lab / PROGRAM).read_text() == "half an idea\n"
-    assert any("uncommitted" in remark for remark in repository.remarks())
 
 
 # Refs
@@ -270,9 +271,9 @@ def test_refs_that_were_lost_are_made_again_and_foreign_moves_are_told(
     for experiment in ("e0001", "e0003"):
         git(lab, "update-ref", "-d", names.attempt_ref("night", experiment))
     git(lab, "update-ref", names.attempt_ref("night", "e0005"), made["e0000"])
-    troubles = repository.restore(refs)
-    assert len(troubles) == 1
-    assert "e0005" in troubles[0]
+    pruned = {names.attempt_ref("night", "e0009"): "a" * 40}
+    troubles = repository.restore(refs | pruned)
+    assert ["e0009: its commit" in t or "e0005" in t for t in troubles] == [True, True]
     assert repository.refs("refs/autoresearch") == {
         **refs,
         names.attempt_ref("night", "e0005"): made["e0000"],
