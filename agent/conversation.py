@@ -43,7 +43,7 @@ class Anthropic:
         """`campaign_caps`: dollars and tokens for all branches together; None: no such cap.
 
         Raises:
-            KeyError: no price is known for the model.
+            UserError: no price is known for the model.
         """
         self._settings, self._caps = settings, campaign_caps
         self._model = model or Model(settings)

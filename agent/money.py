@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jobs.errors import UserError
 from jobs.history import add_usage
 from jobs.model import Usage
 
@@ -36,14 +37,14 @@ def price(settings: Any) -> Price:
     """The price of the configured model.
 
     Raises:
-        KeyError: the model is in neither table (the message says what to set).
+        UserError: the model is in neither table (the message says what to set).
     """
     given = settings.prices.get(settings.model)
     if given is not None:
         return Price(given.input, given.output, given.cache_write, given.cache_read)
     name = settings.model.rpartition("anthropic.")[2].partition("@")[0]  # Bedrock's and Vertex's
     if name not in PRICES:
-        raise KeyError(
+        raise UserError(
             f"no price is known for {settings.model}; set agent.prices.{settings.model} to "
             f"{{input, output, cache_write, cache_read}} in dollars per million tokens"
         )

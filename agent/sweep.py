@@ -99,7 +99,7 @@ def range_of(name: str, shipped: Number) -> Range | None:
         middle = math.log(1 - shipped)
         return Range("complement", middle - spread, min(middle + spread, math.log(0.95)))
     high = math.log(size) + spread
-    if shipped < 1 and not rate:
+    if size < 1 and not rate:
         high = min(high, 0.0)
     return Range("log", math.log(size) - spread, high)
 
