@@ -188,7 +188,7 @@ def test_checkout_index_branch_and_uncommitted_work_are_untouched(
     git(lab, "add", "staged.txt")
     (lab / "untracked.txt").write_text("mine\n")
     status = git(lab, "status", "-s")
-    os.utime(lab / "run.sh")  # so that a git status would write the index anew
+    os.utime(lab / "run.sh", (WHEN, WHEN))  # so that a git status would write the index anew
     watched = [lab / ".git" / name for name in ("index", "HEAD", "config", "logs/HEAD")]
     before = [p.read_bytes() for p in watched]
     assert any("uncommitted" in remark for remark in repository.remarks())
