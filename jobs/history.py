@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.errors import LedgerBroken
-from jobs.model import Decision, Experiment, Result, Run, Submission, Usage, from_json
+from jobs.model import Decision, Experiment, Result, Usage, from_json
 from jobs.records import (
     Branch,
     Event,
@@ -218,7 +218,7 @@ class _Fold:
         self.in_flight = dict.fromkeys(state.in_flight)
         self.nodes = dict(state.nodes)
         self.orders = set(state.orders)
-        self.spent = state.spent
+        self.spent = dict(vars(state.spent))
         self.allocated_s, self.training_s = state.allocated_s, state.training_s
         self.parked_in_row = state.parked_in_row
         self.paused, self.stopped = state.paused, state.stopped
@@ -250,7 +250,8 @@ class _Fold:
             ) from error
 
     def freeze(self) -> State:
-        self.branches |= {name: Branch(**fields) for name, fields in self.edited.items()}
+        for name, fields in self.edited.items():
+            self.branches[name] = Branch(**{**fields, "spent": _usage(fields["spent"])})
         return replace(
             self.before,
             campaign=self.campaign,
@@ -263,7 +264,7 @@ class _Fold:
             in_flight=tuple(self.in_flight),
             nodes=self.nodes,
             orders=frozenset(self.orders),
-            spent=self.spent,
+            spent=_usage(self.spent),
             allocated_s=self.allocated_s,
             training_s=self.training_s,
             parked_in_row=self.parked_in_row,
@@ -279,7 +280,8 @@ class _Fold:
         """The fields of a branch, to be changed: a new Branch for each event would cost half of
         a replay's time."""
         if name not in self.edited:
-            self.edited[name] = dict(vars(self.branches[name]))
+            before = self.branches[name]
+            self.edited[name] = {**vars(before), "spent": dict(vars(before.spent))}
         return self.edited[name]
 
     # -- one handler per event name -----------------------------------------------------------
@@ -350,45 +352,40 @@ class _Fold:
         self.records.push(record)
         self.in_flight[expected] = None
         branch["experiments"] += 1
+        branch["proposals"] += event.get("proposal") is not None
         self._spend(branch["name"], given.get("usage"))
 
     def _spend(self, branch: str, usage: Mapping[str, Any] | None) -> None:
         if not usage or not any(usage.values()):
             return
-        cost, fields = from_json(Usage, usage), self.branch(branch)
-        self.spent = add_usage(self.spent, cost)
-        fields["spent"] = add_usage(fields["spent"], cost)
+        for total in (self.spent, self.branch(branch)["spent"]):
+            for name in total:
+                total[name] += usage.get(name, 0)
 
     def run_intended(self, event: Event) -> None:
-        run = from_json(Run, event["run"])
-        if run.id in self.open_runs:
-            raise ValueError(f"run {run.id} was intended already")
-        record = self._record(run.experiment)
-        if any((r.seed, r.attempt) == (run.seed, run.attempt) for r in record.runs):
-            raise ValueError(f"run {run.id} has ended already")
-        self.open_runs[run.id] = OpenRun(
-            run,
-            record.branch,
-            event.get("purpose", "screen"),
-            event["executor"],
-            event["name"],
-            event["folder"],
-            event.get("time", ""),
-        )
+        run = event["run"]
+        name = f"{run['experiment']}-s{run['seed']}-a{run['attempt']}"
+        if name in self.open_runs:
+            raise ValueError(f"run {name} was intended already")
+        record = self._record(run["experiment"])
+        if any((r.seed, r.attempt) == (run["seed"], run["attempt"]) for r in record.runs):
+            raise ValueError(f"run {name} has ended already")
+        self.open_runs[name] = OpenRun(record.branch, event)
 
     def run_submitted(self, event: Event) -> None:
-        submission = from_json(Submission, event["submission"])
-        opened = self.open_runs[submission.run]
-        self.open_runs[submission.run] = OpenRun(**{**vars(opened), "submission": submission})
+        name = event["submission"]["run"]
+        opened = self.open_runs[name]
+        self.open_runs[name] = OpenRun(opened.branch, opened.intended, event["submission"])
 
     def run_ended(self, event: Event) -> None:
         result = event["result"]
         opened = self.open_runs.pop(result["run"])
         details = result.get("details") or {}
-        node = result.get("node") or (opened.submission.node if opened.submission else None)
+        run = opened.intended["run"]
+        node = result.get("node") or (opened.submitted or {}).get("node")
         ended = RunRecord(
-            seed=opened.run.seed,
-            attempt=opened.run.attempt,
+            seed=run["seed"],
+            attempt=run["attempt"],
             purpose=sys.intern(opened.purpose),
             status=sys.intern(result["status"]),
             metric=result.get("metric"),
@@ -397,7 +394,7 @@ class _Fold:
             n=self.events - 1,
             place=event.get("at", event),
         )
-        record = self._record(opened.run.experiment)
+        record = self._record(run["experiment"])
         self._store(record._replace(runs=(*record.runs, ended)))
         if ended.node and not ended.preempted:
             died = ended.status == "infrastructure"
@@ -464,6 +461,10 @@ class _Fold:
 
     def _store(self, record: Record) -> None:
         self.records.replace(int(record.id[1:]) - 1, record)
+
+
+def _usage(total: Mapping[str, Any]) -> Usage:
+    return Usage(**{**total, "estimated": bool(total["estimated"])})
 
 
 def _keep(branch: dict[str, Any], record: Record, direction: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from jobs.model import Run, Submission, Usage
+from jobs.model import Run, Submission, Usage, from_json
 
 Event = Mapping[str, Any]
 # Where an event is: the byte offset of its ledger line, or the event itself if it has none.
@@ -69,16 +70,44 @@ class NodeRun(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that was intended and has not ended; without `submission` it may not have started."""
+    """A run that was intended and has not ended; without `submission` it may not have started.
 
-    run: Run
+    It holds its events and makes values of them when asked: most runs of a replay have ended before
+    anybody looks at them.
+    """
+
     branch: str
-    purpose: str
-    executor: str
-    name: str
-    folder: str
-    time: str  # UTC of the intent
-    submission: Submission | None = None
+    intended: Event  # run_intended
+    submitted: Mapping[str, Any] | None = None  # the submission, as JSON
+
+    @cached_property
+    def run(self) -> Run:
+        return from_json(Run, self.intended["run"])
+
+    @cached_property
+    def submission(self) -> Submission | None:
+        return None if self.submitted is None else from_json(Submission, self.submitted)
+
+    @property
+    def purpose(self) -> str:
+        return str(self.intended.get("purpose") or "screen")
+
+    @property
+    def executor(self) -> str:
+        return str(self.intended["executor"])
+
+    @property
+    def name(self) -> str:
+        return str(self.intended["name"])
+
+    @property
+    def folder(self) -> str:
+        return str(self.intended["folder"])
+
+    @property
+    def time(self) -> str:
+        """UTC of the intent."""
+        return str(self.intended.get("time", ""))
 
 
 @dataclass(frozen=True)
@@ -107,6 +136,7 @@ class Branch:
     baseline_metric: float | None = None
     kept_ids: tuple[str, ...] = ()  # from the baseline to the head
     experiments: int = 0
+    proposals: int = 0  # experiments that its researcher proposed: no baselines, no rebases
     kept: int = 0
     discarded: int = 0
     crashed: int = 0

@@ -139,7 +139,10 @@ class LocalExecutor:
 
     def _claimed(self, name: str) -> Submission:
         """The submission that a claim file tells of. Raises FileNotFoundError where there is none."""
-        experiment, attempt = name.rsplit("-", 2)[0].rsplit("-", 1)[1], "-".join(name.rsplit("-", 2)[1:])
+        experiment, attempt = (
+            name.rsplit("-", 2)[0].rsplit("-", 1)[1],
+            "-".join(name.rsplit("-", 2)[1:]),
+        )
         claim = json.loads((self._runs / experiment / attempt / "claim.json").read_text())
         if claim.get("device"):
             self._device_of[claim["run"]] = claim["device"]

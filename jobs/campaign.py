@@ -1,0 +1,185 @@
+"""Opening a campaign: lease, ledger, state and the facts that every run of it shares."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs import lab, lease, materialise, names, snapshot
+from jobs.config import Config, to_dict
+from jobs.errors import Paused, UserError
+from jobs.history import State, fold
+from jobs.ledger import Ledger, Lines
+from jobs.repository import Repository
+
+VERSION = "0.1.0"
+
+
+def folder(config: Config, root: Path) -> Path:
+    """Where the campaign keeps what is not in git."""
+    return (root / config.folder / names.check_name("campaign", config.campaign)).absolute()
+
+
+def read(campaign_dir: Path) -> State:
+    """The state of a campaign, for looking only; writes nothing.
+
+    Raises:
+        UserError: there is no such campaign.
+    """
+    try:
+        return snapshot.open_history(campaign_dir)[0]
+    except FileNotFoundError:
+        raise UserError(
+            f"no campaign in {campaign_dir}: start one with `autoresearch run`, or name its "
+            "campaign.yaml"
+        ) from None
+
+
+def site(config: Config, root: Path) -> materialise.Site:
+    """The facts of this campaign's runs, hashed now.
+
+    Raises:
+        UserError: data or image are missing, with the command that makes them.
+    """
+    from containers.seal import evaluator_sha256
+
+    facts: dict[str, Any] = {"evaluator_sha256": evaluator_sha256(lab.TRAINER)}
+    data = None
+    if config.task.kind == "nanochat":
+        data = data_folder(config)
+        manifest = data / "manifest.json"
+        if not manifest.exists():
+            raise UserError(
+                f"{data} holds no prepared data: run `autoresearch prepare` "
+                f"(corpus {config.data.corpus}, scale {config.data.scale})"
+            )
+        facts["data_manifest_sha256"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    directory = folder(config, root)
+    made = materialise.Site(config, directory, data, facts, caches=directory / "heads")
+    if config.executor.image:
+        from jobs import container
+
+        made = container.contained(made)
+    return made
+
+
+def data_folder(config: Config) -> Path:
+    """Where campaign.yaml's data lies."""
+    if config.data.folder:
+        return Path(config.data.folder).expanduser().absolute()
+    return lab.default_data(config.data.corpus, config.data.scale)
+
+
+@dataclasses.dataclass
+class Open:
+    """A campaign that this process may write."""
+
+    site: materialise.Site
+    repository: Repository
+    ledger: Ledger
+    lease: lease.Lease
+    state: State
+
+
+@contextlib.contextmanager
+def opened(config: Config, root: Path, say: Callable[[str], None]) -> Iterator[Open]:
+    """Hold the campaign's lease and ledger; a new campaign is begun, a changed one recorded.
+
+    Raises:
+        LeaseHeld: another controller runs it.
+        UserError, Paused: as `site`, `Repository` and `Ledger`.
+    """
+    repository = Repository(root)
+    for remark in repository.remarks():
+        say(remark)
+    common = site(config, root)
+    directory = common.campaign_dir
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "inbox").mkdir(exist_ok=True)
+    except OSError as error:
+        raise Paused(f"{directory} cannot be made: {error.strerror}", "Mend that") from None
+    with contextlib.suppress(ValueError):  # a folder elsewhere needs no excluding
+        inside = directory.parent.relative_to(repository.root)
+        repository.exclude(f"/{inside}/")
+    highest = _highest_fence(directory)
+    with lease.acquire(directory, config.lease.stale_after, highest) as held:
+        ledger = Ledger(directory / "ledger.jsonl", held.fence, held.check)
+        if ledger.torn:
+            say(f"the ledger's last line was torn by a kill and is cut off: {ledger.torn[:60]!r}")
+        try:
+            state = _state(directory)
+            state = _begin(state, ledger, config, common, repository)
+            common = _export_scorer(common, repository, state)
+            yield Open(common, repository, ledger, held, state)
+        finally:
+            ledger.close()
+
+
+def _highest_fence(directory: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return snapshot.open_history(directory)[0].fence
+    return 0
+
+
+def _state(directory: Path) -> State:
+    return snapshot.open_history(directory)[0]
+
+
+def _begin(
+    state: State, ledger: Ledger, config: Config, common: materialise.Site, repository: Repository
+) -> State:
+    """The first events of a new campaign, or what has changed since the last start."""
+    settings = to_dict(config)
+    events: list[tuple[str, dict[str, Any]]] = []
+    if not state.campaign:
+        start = repository.start("HEAD")
+        _require_program(repository, config, start)
+        payload = {"campaign": config.campaign, "config": settings, "start_commit": start}
+        events.append(("campaign_started", payload | dict(common.facts) | {"version": VERSION}))
+    else:
+        _require_same_facts(state, common)
+        if state.config != settings:
+            events.append(("config_changed", {"config": settings}))
+    for name, branch in config.branches.items():
+        if name not in state.branches:
+            start = repository.start(branch.start or "HEAD")
+            _require_program(repository, config, start)
+            chosen = to_dict(branch) | {"start_commit": start}  # type: ignore[arg-type]
+            events.append(("branch_added", {"branch": name, "settings": chosen}))
+    if not events:
+        return state
+    return fold(ledger.append_all(events), state, state.source or Lines(ledger.path))
+
+
+def _require_program(repository: Repository, config: Config, commit: str) -> None:
+    for path in config.task.editable:
+        repository.read(commit, path)  # raises UserError: not in the commit, no text
+
+
+def _require_same_facts(state: State, common: materialise.Site) -> None:
+    """A score by another referee, data set or image is no successor of the earlier ones."""
+    for name in ("evaluator_sha256", "data_manifest_sha256", "container_sha256"):
+        before, now = state.start.get(name), common.facts.get(name)
+        if before != now:
+            raise Paused(
+                f"{name.removesuffix('_sha256').replace('_', ' ')} changed since this campaign "
+                f"began: it was {before}, it is {now}; scores would not compare",
+                "Restore it, or begin another campaign (campaign: NAME in campaign.yaml)",
+            )
+
+
+def _export_scorer(
+    common: materialise.Site, repository: Repository, state: State
+) -> materialise.Site:
+    """General tasks: the scorer's files of the start commit, out of every experiment's reach."""
+    scorer = common.config.task.scorer
+    if common.config.task.kind != "general" or scorer is None:
+        return common
+    target = common.campaign_dir / "scorer"
+    repository.snapshot(state.start["start_commit"], target, scorer.files)
+    return dataclasses.replace(common, scorer_files=target)

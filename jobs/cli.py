@@ -1,0 +1,404 @@
+"""`autoresearch`: words in, one call of a module, words or JSON out. Heavy imports are lazy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import AutoresearchError, UserError
+
+ABOUT = """\
+A night of experiments by itself: a researcher proposes an edit of one file, a referee trains and
+scores it under a fixed budget, and git remembers everything.
+
+  autoresearch init LAB && cd LAB     a folder of its own: program.md, trainer/train.py, campaign.yaml
+  autoresearch prepare                the data, once
+  autoresearch run                    go; Ctrl-C hands over, the same command resumes
+  autoresearch status                 from another terminal, at any time
+"""
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused (a person is needed)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except AutoresearchError as error:
+        print(f"autoresearch {arguments.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `autoresearch log | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("\nleft at once; `autoresearch run` resumes", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autoresearch",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    looking = argparse.ArgumentParser(add_help=False)
+    looking.add_argument("--config", type=Path, default=Path("campaign.yaml"), help="campaign.yaml")
+    asking = argparse.ArgumentParser(add_help=False, parents=[looking])
+    asking.add_argument("--json", action="store_true", help="print JSON")
+
+    def add(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, parents=list(parents))
+
+    one = add("init", "make a lab: a git repository with the shipped program and settings")
+    one.add_argument("folder", type=Path, nargs="?", default=Path("lab"), help="a new folder")
+    one.add_argument(
+        "--from", dest="source", type=Path, help="campaign folder whose best to begin from"
+    )
+    one = add(
+        "prepare",
+        "prepare the corpus: shards, tokenizer, rows (once per corpus and scale)",
+        looking,
+    )
+    one.add_argument("rest", nargs="*", help="after --: options of trainer/prepare.py")
+    _run_options(commands.add_parser("run", help="run or resume the campaign", parents=[looking]))
+    add("stop", "let the running experiments end, then stop the controller", looking)
+    add("status", "how the campaign stands", asking)
+    one = add("log", "every experiment in a line, newest last", asking)
+    one.add_argument("--branch")
+    one.add_argument("-n", type=int, default=0, help="only the last N")
+    one = add("show", "all that is known of one experiment", asking)
+    one.add_argument("experiment", help="e0042")
+    one = add("diff", "what an experiment changed", looking)
+    one.add_argument("experiment", help="e0042")
+    add("report", "write results.tsv, results.parquet, progress.png and report.html", asking)
+    one = add("clean", "remove what finished runs left in bulk; records stay", asking)
+    one.add_argument("--dry-run", action="store_true", help="only say what would go")
+    one = add("demo", "a real campaign of 12 experiments on this machine, from the shipped program")
+    one.add_argument("--detuned", action="store_true", help="begin from two constants made worse")
+    one.add_argument("--folder", type=Path, help="its lab (default: autoresearch-demo)")
+    one.add_argument("--experiments", type=int, help="experiments beside the baseline")
+    _branch_options(commands, looking)
+    from containers import cli as image
+
+    image.add_parser(commands)
+    COMMANDS["image"] = image.main
+    return parser
+
+
+def _run_options(one: argparse.ArgumentParser) -> None:
+    one.description = (
+        "Run the campaign of campaign.yaml until a limit, an order or Ctrl-C; resume it."
+    )
+    one.add_argument(
+        "campaign", type=Path, nargs="?", help="campaign.yaml (default: ./campaign.yaml)"
+    )
+    one.add_argument("--dry-run", action="store_true", help="check everything, show the first job")
+    one.add_argument("--once", action="store_true", help="one run of one program, no campaign")
+    one.add_argument("--train", type=Path, help="with --once: the program (default: the lab's)")
+    one.add_argument("--seed", type=int, default=1, help="with --once: the run's seed")
+    one.add_argument("--keep", type=Path, help="with --once: put the run folder here")
+    one.add_argument("--json", action="store_true", help="with --once: print result.json")
+
+
+def _branch_options(commands: Any, looking: argparse.ArgumentParser) -> None:
+    one = commands.add_parser("tell", help="a note to a branch's researcher", parents=[looking])
+    one.add_argument("branch")
+    one.add_argument("text")
+    one = commands.add_parser(
+        "branch", help="add, pause, resume or retire a branch", parents=[looking]
+    )
+    one.add_argument("order", choices=("add", "pause", "resume", "retire"))
+    one.add_argument("branch")
+    one.add_argument("--program", help="add: its program file")
+    one.add_argument("--slots", type=int, help="add: runs in flight at once")
+    one.add_argument("--start", help="add: the commit to start from")
+    one = commands.add_parser(
+        "adopt", help="try an experiment's edit on a branch", parents=[looking]
+    )
+    one.add_argument("experiment")
+    one.add_argument("--into", required=True, metavar="BRANCH")
+
+
+def command(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    COMMANDS[function.__name__.removesuffix("_")] = function
+    return function
+
+
+# -- the campaign ---------------------------------------------------------------------------------
+
+
+@command
+def init(arguments: argparse.Namespace) -> int:
+    from jobs import lab
+
+    program = None
+    if arguments.source is not None:
+        program = _champion(arguments.source)
+    folder = lab.make(arguments.folder, program)
+    print(f"{folder} is a lab: edit {folder}/program.md, then cd {folder} && autoresearch run")
+    return 0
+
+
+def _champion(campaign_dir: Path) -> str:
+    """The editable file at the best head of a campaign."""
+    from jobs import campaign
+    from jobs.history import better
+    from jobs.repository import Repository
+
+    state = campaign.read(campaign_dir)
+    best = None
+    for branch in state.branches.values():
+        record = state.best(branch.name)
+        if (
+            record
+            and record.metric is not None
+            and (
+                best is None or better(record.metric, best.metric, state.direction)  # type: ignore[arg-type]
+            )
+        ):
+            best = record
+    if best is None:
+        raise UserError(f"the campaign in {campaign_dir} has kept nothing yet")
+    path = state.config["task"]["editable"][0]
+    return Repository(campaign_dir).read(best.commit, path)
+
+
+@command
+def prepare(arguments: argparse.Namespace) -> int:
+    from jobs import campaign, lab
+
+    config = _config(arguments)
+    folder = campaign.data_folder(config)
+    lab.prepare(config.data.corpus, config.data.scale, folder, tuple(arguments.rest))
+    print(f"{config.data.corpus} for scale {config.data.scale} lies in {folder}")
+    return 0
+
+
+@command
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.campaign is not None:
+        arguments.config = arguments.campaign
+    if arguments.once:
+        return _once(arguments)
+    from jobs import night
+
+    config, root = _config(arguments), _root(arguments)
+    if arguments.dry_run:
+        print(night.dry_run(config, root))
+        return 0
+    reason = night.run(config, root, _say)
+    if reason == "interrupted":
+        print("handed over; runs under way go on and are adopted: `autoresearch run` resumes")
+        return 0
+    print(f"done: {reason}")
+    return 0
+
+
+def _once(arguments: argparse.Namespace) -> int:
+    from jobs import once
+
+    config = _config(arguments) if arguments.config.exists() else _defaults()
+    result = once.run(config, arguments.train, arguments.seed, arguments.keep, _say)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        value = (
+            "no score" if result["value"] is None else f"{result['metric']} {result['value']:.6f}"
+        )
+        print(f"{result['status']}: {value}. {result['reason']}")
+    return 0 if result["status"] == "ok" else 1
+
+
+@command
+def stop(arguments: argparse.Namespace) -> int:
+    return _order(arguments, "stop")
+
+
+@command
+def tell(arguments: argparse.Namespace) -> int:
+    return _order(arguments, "tell", branch=arguments.branch, text=arguments.text)
+
+
+@command
+def branch(arguments: argparse.Namespace) -> int:
+    settings = {k: getattr(arguments, k) for k in ("program", "slots", "start")}
+    settings = {k: v for k, v in settings.items() if v is not None}
+    return _order(arguments, arguments.order, branch=arguments.branch, settings=settings)
+
+
+@command
+def adopt(arguments: argparse.Namespace) -> int:
+    return _order(arguments, "adopt", experiment=arguments.experiment, into=arguments.into)
+
+
+def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
+    from jobs import campaign, inbox, lease
+
+    directory = _directory(arguments)
+    campaign.read(directory)
+    inbox.send(directory, order, **details)
+    holder = lease.holder(directory)
+    if holder is None or holder.gone(float("inf")):
+        print(f"{order}: left in {directory / 'inbox'}; obeyed when `autoresearch run` starts")
+    else:
+        print(f"{order}: left for {holder}")
+    return 0
+
+
+# -- looking --------------------------------------------------------------------------------------
+
+
+@command
+def status(arguments: argparse.Namespace) -> int:
+    from jobs import lease, report
+
+    state, directory = _state(arguments)
+    holder = lease.holder(directory)
+    if arguments.json:
+        print(json.dumps({**report.summary(state), "controller": holder and str(holder)}, indent=1))
+    else:
+        print(report.status_text(state))
+        running = holder is not None and not holder.gone(float("inf"))
+        print(f"controller: {holder}" if running else "controller: none runs (autoresearch run)")
+    return 0
+
+
+@command
+def log(arguments: argparse.Namespace) -> int:
+    from jobs import report
+    from jobs.model import to_json
+
+    state, _ = _state(arguments)
+    if arguments.branch is not None and arguments.branch not in state.branches:
+        raise UserError(f"no branch {arguments.branch!r}; there are {', '.join(state.branches)}")
+    if arguments.json:
+        for record in report.chosen(state, arguments.branch, arguments.n):
+            print(json.dumps(to_json(state.experiment(record.id))))
+    else:
+        print(report.log_text(state, arguments.branch, arguments.n), end="")
+    return 0
+
+
+@command
+def show(arguments: argparse.Namespace) -> int:
+    from jobs import report
+    from jobs.model import to_json
+
+    state, _ = _state(arguments)
+    name = _experiment(state, arguments.experiment)
+    if arguments.json:
+        decision = state.decision(name)
+        found = {
+            "experiment": to_json(state.experiment(name)),
+            "results": [to_json(result) for result in state.results(name)],
+            "decision": decision and to_json(decision),
+        }
+        print(json.dumps(found, indent=1))
+    else:
+        print(report.show_text(state, name))
+    return 0
+
+
+@command
+def diff(arguments: argparse.Namespace) -> int:
+    from jobs.repository import Repository
+
+    state, directory = _state(arguments)
+    record = state.record(_experiment(state, arguments.experiment))
+    print(Repository(directory).diff(record.base, record.commit), end="")
+    return 0
+
+
+@command
+def report(arguments: argparse.Namespace) -> int:
+    from jobs import report
+    from jobs.repository import Repository
+
+    state, directory = _state(arguments)
+    files = report.write_all(directory, state, Repository(directory))
+    print(
+        json.dumps({k: str(v) for k, v in files.items()})
+        if arguments.json
+        else "\n".join(str(path) for path in files.values())
+    )
+    return 0
+
+
+@command
+def clean(arguments: argparse.Namespace) -> int:
+    from jobs import disk
+
+    state, directory = _state(arguments)
+    paths = disk.leftovers(directory, {run.folder for run in state.open_runs.values()})
+    sizes = {str(path.relative_to(directory)): disk.size(path) for path in paths}
+    if not arguments.dry_run:
+        for path in paths:
+            disk.remove(path)
+    if arguments.json:
+        print(json.dumps(sizes, indent=1))
+    else:
+        for name, size in sizes.items():
+            print(f"{size / 2**20:8.1f} MB  {name}")
+        verb = "would be" if arguments.dry_run else "are"
+        print(f"{sum(sizes.values()) / 2**20:8.1f} MB {verb} free")
+    return 0
+
+
+@command
+def demo(arguments: argparse.Namespace) -> int:
+    from jobs import demo
+
+    return demo.run(arguments.folder, arguments.detuned, arguments.experiments, _say)
+
+
+# -- finding things -------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from jobs import config
+
+    return config.load(arguments.config)
+
+
+def _defaults() -> Any:
+    from jobs import config
+
+    return config.parse({})
+
+
+def _root(arguments: argparse.Namespace) -> Path:
+    return arguments.config.absolute().parent
+
+
+def _directory(arguments: argparse.Namespace) -> Path:
+    from jobs import campaign
+
+    return campaign.folder(_config(arguments), _root(arguments))
+
+
+def _state(arguments: argparse.Namespace) -> tuple[Any, Path]:
+    from jobs import campaign
+
+    directory = _directory(arguments)
+    return campaign.read(directory), directory
+
+
+def _experiment(state: Any, name: str) -> str:
+    try:
+        return state.record(name).id
+    except KeyError:
+        last = len(state.records)
+        raise UserError(f"no experiment {name!r}: there are e0001 to e{last:04d}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

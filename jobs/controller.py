@@ -1,0 +1,367 @@
+"""The one writer: asks researchers, commits, runs, decides, remembers, until told to stop.
+
+Every step is a fold of the ledger away from the next: what must be done is read off the state
+(jobs/plan.py), the intent is recorded, the act follows. So starting is resuming, and a controller
+that was killed at any point is continued by the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from agent import program
+from agent.researcher import Researcher
+from jobs import disk, inbox, materialise, mirror, names, plan, policy, report
+from jobs.campaign import Open
+from jobs.config import Config, deadline
+from jobs.effects import effect
+from jobs.errors import AutoresearchError, Paused, UserError
+from jobs.history import OpenRun
+from jobs.journal import Journal
+from jobs.model import Result, to_json
+from jobs.plan import Wanted
+from jobs.proposals import Proposals
+from jobs.repository import BranchInUse, RefMoved
+from jobs.runs import Runs
+from jobs.submission import Executor
+
+TICK_S = 0.02  # between two looks at the world
+MIRROR_EVERY = 50  # decisions between two copies of the records into git
+
+Events = list[tuple[str, Mapping[str, Any]]]
+
+
+class Controller:
+    """Runs one campaign. What it knows is in the journal; the rest can be lost at any moment.
+
+    Args:
+        opened: the campaign, held for writing.
+        researchers, understudy: as Proposals takes them.
+        say: takes a line for people.
+    """
+
+    def __init__(
+        self,
+        opened: Open,
+        executor: Executor,
+        researchers: Callable[[str], Researcher],
+        understudy: Callable[[str], Researcher | None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.folder = opened.site.config, opened.site.campaign_dir
+        self.opened, self.repository, self.say = opened, opened.repository, say
+        self.journal = Journal(self.folder, opened.ledger, opened.state)
+        self.stop = threading.Event()
+        shared = (opened.site, self.journal, self.repository)
+        self.runs = Runs(*shared, executor, say)
+        self.proposals = Proposals(*shared, researchers, understudy, say, self.stop)
+        self.executor = executor
+        self._ending: str | None = None  # why no more proposals are asked for
+        self._confirming = False
+        self._interrupts = 0
+        self._unmirrored = 0
+        self._deadline = _deadline(self.config)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Go on until a limit, an order or a signal. Returns why it ended.
+
+        Raises:
+            Paused: infrastructure needs a person; everything recorded is intact.
+            Displaced: another controller took over.
+        """
+        before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._recover()
+            while (reason := self._finished()) is None:
+                events = self.journal.state.events
+                self._tick()
+                if self.journal.state.events == events:
+                    time.sleep(TICK_S)
+            self.journal.record("stopped", reason=reason)
+            return reason
+        except Paused as error:
+            self.journal.record_pause(error)
+            raise
+        finally:
+            self.stop.set()
+            self.proposals.close()
+            self.executor.close()
+            self._close_books()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _tick(self) -> None:
+        """One round over everything that may have moved."""
+        self._take_orders()
+        for run, result in self.runs.ended():
+            self._end_run(run, result)
+        self._decide()
+        self.proposals.take()
+        self._launch()
+        if self._ending is None and not self._interrupts:
+            self.proposals.ask()
+            self._launch()
+        self.journal.snapshot()
+
+    def _finished(self) -> str | None:
+        """Why the campaign is over, once nothing is left to do for it."""
+        state = self.journal.state
+        if self._interrupts:
+            return "interrupted"
+        if self._ending is None:
+            self._ending = self._reason_to_end()
+            if self._ending is None:
+                return None
+            self.say(f"ending: {self._ending}")
+        if self.proposals.pending or state.open_runs or state.in_flight:
+            return None
+        if not self._confirming and not self.stop.is_set():
+            self._confirming = True
+            if self._wanted():
+                self.say(f"rerunning first and best on {self.config.confirm.runs} fresh seeds each")
+        return None if self._wanted() else self._ending
+
+    def _reason_to_end(self) -> str | None:
+        state = self.journal.state
+        reason = plan.end_reason(state, self.config, datetime.now(UTC), self._deadline)
+        if reason is None and self.proposals.silent and not plan.in_flight(state):
+            return "no researcher has anything more to propose"
+        return reason
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """Ctrl-C once: hand over. Twice: leave at once (the ledger is whole at every moment)."""
+        self._interrupts += 1
+        self.stop.set()
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+
+    # -- recovery ---------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Make the world agree with the ledger: refs, proposals that died, runs intended."""
+        if (before := self.opened.lease.taken_from) is not None:
+            self.journal.record("lease_taken", previous=str(before))
+        if self.journal.state.paused or self.journal.state.stopped:
+            self.journal.record("resumed")
+        self._restore_refs()
+        self._resume_branches()
+        self.proposals.recover()
+        for record in self.journal.state.recent(MIRROR_EVERY):
+            if record.verdict not in (None, "measure"):
+                self._tidy(record.id)
+        self._carry_over_stale()
+        self.runs.adopt()
+
+    def _restore_refs(self) -> None:
+        campaign, state = self.config.campaign, self.journal.state
+        wanted = {names.attempt_ref(campaign, r.id): r.commit for r in state.experiments()}
+        for branch in state.branches.values():
+            if branch.head_commit:
+                wanted[names.branch_ref(campaign, branch.name)] = branch.head_commit
+        for trouble in self.repository.restore(wanted):
+            self.say(trouble)
+
+    def _resume_branches(self) -> None:
+        """A branch that its own trouble paused is tried again at every start."""
+        for branch in self.journal.state.branches.values():
+            if branch.paused and branch.paused != BY_ORDER:
+                self.journal.record("branch_resumed", branch=branch.name, reason="started again")
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def _take_orders(self) -> None:
+        for path, content in inbox.waiting(self.folder):
+            if path.stem not in self.journal.state.orders:
+                try:
+                    events = self._obeyed(content)
+                except UserError as error:
+                    events = []
+                    self.say(f"order {content['order'] or path.name} refused: {error}")
+                self.journal.record_all([("order", {**content, "name": path.stem}), *events])
+                self._act_on(content)
+            with effect("inbox.take"):
+                path.unlink(missing_ok=True)
+
+    def _obeyed(self, content: dict[str, Any]) -> Events:
+        """The events that an order amounts to. Raises UserError where it cannot be obeyed."""
+        order, name = content["order"], str(content.get("branch", ""))
+        if order in ("stop", "adopt"):
+            return []
+        if order == "add":
+            return [("branch_added", {"branch": name, "settings": self._new_branch(name, content)})]
+        if order == "":
+            raise UserError(content["why"])
+        branch = self.journal.state.branches.get(name)
+        if branch is None:
+            raise UserError(f"there is no branch {name!r}")
+        if branch.retired and order != "resume":
+            raise UserError(f"branch {name} is retired")
+        self.say(f"order: {order} {name}")
+        if order == "tell":
+            return [("told", {"branch": name, "text": str(content.get("text", ""))[:4000]})]
+        event = {"pause": "branch_paused", "resume": "branch_resumed", "retire": "branch_retired"}
+        return [(event[order], {"branch": name, "reason": BY_ORDER})]
+
+    def _new_branch(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
+        names.check_name("branch", name)
+        if name in self.journal.state.branches:
+            raise UserError(f"branch {name} exists already")
+        settings = dict(content.get("settings") or {})
+        settings["start_commit"] = self.repository.start(settings.get("start") or "HEAD")
+        return settings
+
+    def _act_on(self, content: dict[str, Any]) -> None:
+        if content["order"] == "stop":
+            self._ending = "stopped by order"
+            self.stop.set()
+        elif content["order"] == "adopt":
+            try:
+                name, into = str(content.get("experiment")), str(content.get("into"))
+                self.proposals.carry_over(name, into, "adopted")
+            except UserError as error:
+                self.say(f"order adopt refused: {error}")
+
+    # -- runs -------------------------------------------------------------------------------------
+
+    def _wanted(self) -> list[Wanted]:
+        length, scale = materialise.budget(self.config), self.config.data.scale
+        wanted = list(plan.screening(self.journal.state, length, scale))
+        if self._confirming:
+            seeds = self.config.confirm.runs
+            wanted += plan.confirming(self.journal.state, length, scale, seeds)
+        return wanted
+
+    def _launch(self) -> None:
+        free = self.config.executor.slots - len(self.journal.state.open_runs)
+        if free > 0 and not self._interrupts and (wanted := self._wanted()):
+            disk.require_free(self.folder, self.config.disk.keep_free_mb)
+            for one in wanted[:free]:
+                self.runs.start(one)
+
+    def _end_run(self, run: OpenRun, result: Result) -> None:
+        result = self._against_program(run, result)
+        self.journal.record("run_ended", result=to_json(result))
+        if run.purpose == "confirm":
+            score = "no score" if result.metric is None else f"{result.metric:.6f}"
+            self.say(f"{run.run.experiment}  seed {run.run.seed}: {score} ({result.status})")
+            with effect("run.tidy"):
+                disk.tidy(self.runs.folder(run), keep=None)
+            self._write_tables()
+
+    def _against_program(self, run: OpenRun, result: Result) -> Result:
+        """What program.md's front matter demands of a result (parameters, memory) is enforced."""
+        if not result.ok:
+            return result
+        try:
+            demands = program.limits(self.proposals.program(run.branch))
+        except (program.ProgramError, UserError):
+            return result  # it was broken since: told when its researcher is next asked
+        reason = program.check_result(demands, result)
+        return dataclasses.replace(result, status="invalid", reason=reason) if reason else result
+
+    # -- decisions --------------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        for name in list(plan.undecided(self.journal.state)):
+            decision = policy.decide(self.journal.state, name)
+            if decision.verdict == "measure":
+                continue  # a run of it is missing still
+            branch = self.journal.state.branch(self.journal.state.record(name).branch)
+            self.journal.record("decided", decision=to_json(decision))
+            self.say(report.line(self.journal.state, name))
+            if decision.verdict == "keep":
+                self._advance(branch.name, branch.head_commit)
+            self._tidy(name)
+            self._write_tables()
+            self._after(name, bool(decision.numbers.get("rebase")))
+        if reason := policy.pause_reason(self.journal.state):
+            raise Paused(reason, "See the last results (autoresearch log), mend it, start again")
+
+    def _advance(self, name: str, previous: str | None) -> None:
+        """Move the branch to its new head, unless somebody else has a hand on it."""
+        head = self.journal.state.branch(name).head_commit
+        assert head is not None  # a keep has just set it
+        try:
+            self.repository.point(names.branch_ref(self.config.campaign, name), head, previous)
+        except (BranchInUse, RefMoved) as error:
+            self.say(str(error))
+
+    def _tidy(self, name: str) -> None:
+        """Keep or drop what an experiment's runs left on disk."""
+        record = self.journal.state.record(name)
+        is_best = self.journal.state.branch(record.branch).best == name
+        keep = self.folder / "heads" / record.branch if is_best else None
+        with effect("run.tidy"):
+            for run in record.runs:
+                disk.tidy(self.folder / "runs" / name / f"s{run.seed}-a{run.attempt}", keep)
+
+    def _after(self, name: str, rebase: bool) -> None:
+        """A baseline that failed pauses its branch; a gain on an older base is tried on the new."""
+        record = self.journal.state.record(name)
+        if rebase:
+            self.proposals.carry_over(name, record.branch, "rebased")
+        if record.parent is not None or record.verdict == "keep":
+            return
+        reason = f"its baseline has no score: {record.reason}"
+        self.journal.record("branch_paused", branch=record.branch, reason=reason)
+        if not any(branch.active for branch in self.journal.state.branches.values()):
+            raise Paused(
+                f"branch {record.branch} cannot begin, {reason}",
+                f"See `autoresearch show {name}`, mend the program or the machine, start again",
+            )
+
+    def _carry_over_stale(self) -> None:
+        """Rebases that were decided, and not proposed before the controller was killed."""
+        state = self.journal.state
+        recent = [r.id for r in state.recent(MIRROR_EVERY)]
+        done = {state.experiment(name).rebased_from for name in recent}
+        for name in recent:
+            decision = state.decision(name)
+            if decision and decision.numbers.get("rebase") and name not in done:
+                self.proposals.carry_over(name, state.record(name).branch, "rebased")
+
+    # -- books ------------------------------------------------------------------------------------
+
+    def _write_tables(self) -> None:
+        with effect("report.write"):
+            report.write_tables(self.folder, self.journal.state)
+        self._unmirrored += 1
+        if self._unmirrored >= MIRROR_EVERY:
+            self._mirror()
+
+    def _mirror(self) -> None:
+        """Notes and records into git, from where the campaign can be rebuilt."""
+        self._unmirrored = 0
+        report.mirror_notes(self.repository, self.journal.state)
+        mirror.save_ledger(self.repository, self.config.campaign, self.opened.ledger.path)
+        self.repository.pack()
+
+    def _close_books(self) -> None:
+        try:
+            report.write_tables(self.folder, self.journal.state)
+            self._mirror()
+            self.journal.snapshot(force=True)
+        except (OSError, AutoresearchError) as error:
+            self.say(f"the closing tables are incomplete, the ledger is not: {error}")
+
+
+BY_ORDER = "by order"
+
+
+def _deadline(config: Config) -> datetime | None:
+    """The earlier of limits.hours and limits.until, counted from now."""
+    now = datetime.now(UTC)
+    ends = []
+    if config.limits.hours is not None:
+        ends.append(now + timedelta(hours=config.limits.hours))
+    if config.limits.until is not None:
+        ends.append(deadline(now, config.limits.until))
+    return min(ends, default=None)

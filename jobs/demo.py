@@ -1,0 +1,150 @@
+"""The demonstration: a real campaign from the shipped program, on this machine, with nothing set up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from jobs import campaign, config, lab, night, report
+from jobs.errors import UserError
+from jobs.history import State
+from jobs.repository import Repository
+
+EXPERIMENTS = 12  # beside the baseline
+FACTOR = 3.0
+# Named constants of train.py and which way is worse for them.
+DETUNED = {"matrix_rate": 1 / FACTOR, "embedding_rate": 1 / FACTOR}
+
+
+def run(
+    folder: Path | None, detuned: bool, experiments: int | None, say: Callable[[str], None]
+) -> int:
+    """Make the lab (or find it again), prepare the data, run the campaign, say what came of it.
+
+    Raises:
+        UserError: the folder holds something that is no demonstration.
+    """
+    begun = time.monotonic()
+    folder = (
+        folder or Path("autoresearch-demo-detuned" if detuned else "autoresearch-demo")
+    ).absolute()
+    if not (folder / "campaign.yaml").exists():
+        lab.make(folder)
+        _settle(folder, detuned, experiments or EXPERIMENTS)
+        say(f"a lab in {folder}: the shipped trainer/train.py, program.md, campaign.yaml")
+    else:
+        say(f"resuming the demonstration in {folder}")
+    settings = config.load(folder / "campaign.yaml")
+    data = campaign.data_folder(settings)
+    say(f"corpus: Python's own standard library, prepared in {data}")
+    lab.prepare(settings.data.corpus, settings.data.scale, data)
+    reason = night.run(settings, folder, say)
+    if reason == "interrupted":
+        say("handed over; the same command resumes")
+        return 0
+    directory = campaign.folder(settings, folder)
+    state = campaign.read(directory)
+    files = report.write_all(directory, state, Repository(folder))
+    say("")
+    for line in summary(state):
+        say(line)
+    say(f"took {report.duration(time.monotonic() - begun)}")
+    say(f"table:  {files['results.tsv']}")
+    say(f"report: {files['report.html']}")
+    say(f"more:   cd {folder} && autoresearch log")
+    return 0
+
+
+def summary(state: State) -> list[str]:
+    """The closing reruns in words: first against best on fresh seeds, gain or none."""
+    branch = state.branch("main")
+    first, best = state.record(branch.baseline or ""), state.best("main")
+    assert best is not None  # the baseline was kept
+    if best.id == first.id:
+        mean, _ = report.mean_sd(report.confirmed(first))
+        return [f"nothing better than the first was found; on fresh seeds it has {mean:.4f}"]
+    scores = {r.id: report.confirmed(r) for r in (first, best)}
+    lines = [f"on fresh seeds ({len(scores[first.id])} each):"]
+    for name, record in (("first", first), ("best", best)):
+        lines.append(
+            f"  {name:5s} {record.id}  {_spread(scores[record.id])}   {record.description}"
+        )
+    gain = statistics.fmean(scores[first.id]) - statistics.fmean(scores[best.id])
+    noise = _standard_error(*scores.values())
+    claimed = (first.metric or 0.0) - (best.metric or 0.0)
+    if gain > 2 * noise:
+        lines.append(f"  gain {gain:.4f} val_bpb (the campaign's own seed said {claimed:.4f})")
+    else:
+        lines.append(
+            f"  no gain beyond noise: {gain:+.4f} +- {noise:.4f} (the campaign's seed said {claimed:.4f})"
+        )
+    if "reference" in state.branches:
+        lines.append(_recovered(state, scores[first.id], scores[best.id]))
+    return lines
+
+
+def _recovered(state: State, first: list[float], best: list[float]) -> str:
+    """How much of the gap between the detuned and the shipped program was closed."""
+    shipped = report.confirmed(state.record(state.branch("reference").baseline or ""))
+    gap = statistics.fmean(first) - statistics.fmean(shipped)
+    share = (statistics.fmean(first) - statistics.fmean(best)) / gap
+    return (
+        f"  shipped  {_spread(shipped)}\n"
+        f"  detuning cost {gap:.4f}; the campaign recovered {share:.0%} of it"
+    )
+
+
+def _spread(values: list[float]) -> str:
+    mean, sd = report.mean_sd(values)
+    return f"{mean:.4f}" + ("" if sd is None else f" +- {sd:.4f}")
+
+
+def _standard_error(one: list[float], other: list[float]) -> float:
+    """Of the difference of two means; 0 where there is a single run of each."""
+    variance = sum(statistics.variance(v) / len(v) for v in (one, other) if len(v) > 1)
+    return variance**0.5
+
+
+def _settle(folder: Path, detuned: bool, experiments: int) -> None:
+    """campaign.yaml of the demonstration; detuned: the lab's program made worse in a commit."""
+    settings = {
+        "campaign": "demo",
+        "agent": {"kind": "sweep"},
+        "limits": {"experiments": experiments + 1},
+        "confirm": {"runs": 3},
+    }
+    if detuned:
+        shipped = Repository(folder).start("HEAD")
+        path = folder / lab.PROGRAM
+        path.write_text(worsened(path.read_text()))
+        lab.commit(folder, "Two constants made three times worse")
+        (folder / "nothing.yaml").write_text("[]\n")
+        settings["limits"] = {"experiments": experiments + 2}
+        settings["branches"] = {
+            "main": {},
+            "reference": {
+                "start": shipped,
+                "agent": {"kind": "scripted", "script": str(folder / "nothing.yaml")},
+            },
+        }
+    (folder / "campaign.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def worsened(train_py: str) -> str:
+    """The program with the constants of DETUNED changed in the block of scale cpu.
+
+    Raises:
+        UserError: a constant is not there.
+    """
+    from agent import constants
+
+    values = constants.values(train_py, "cpu")
+    try:
+        changes = {name: values[name] * factor for name, factor in DETUNED.items()}
+    except KeyError as error:
+        raise UserError(f"trainer/train.py has no constant {error}") from None
+    return constants.replace(train_py, changes, "cpu")

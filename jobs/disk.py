@@ -1,0 +1,82 @@
+"""What runs leave on disk: promoted when an experiment is kept, dropped otherwise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from jobs.errors import Paused
+
+WEIGHTS = "model.safetensors"
+CACHE = "cache"  # the compile cache that a run filled
+
+
+def tidy(run_dir: Path, keep: Path | None) -> None:
+    """Drop a finished run's program, weights and compile cache; `keep`: promote them there first.
+
+    Only what a baseline or a keep compiled is ever promoted: a discarded experiment must not be
+    able to poison the next one's cache. Safe to repeat after a kill at any point.
+    """
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, "sample.txt"):
+            if (run_dir / name).exists():
+                os.replace(run_dir / name, keep / name)
+        if (run_dir / CACHE).is_dir():
+            shutil.rmtree(keep / f".{CACHE}.old", ignore_errors=True)
+            if (keep / CACHE).exists():
+                (keep / CACHE).rename(keep / f".{CACHE}.old")
+            (run_dir / CACHE).rename(keep / CACHE)
+            shutil.rmtree(keep / f".{CACHE}.old", ignore_errors=True)
+    for name in (CACHE, "program", "scratch"):
+        _remove(run_dir / name)
+    (run_dir / WEIGHTS).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """rmtree that also takes read-only folders, as snapshots are."""
+
+    def retry(function, path, error) -> None:
+        os.chmod(os.path.dirname(path), 0o700)
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.chmod(path, 0o700)
+        function(path)
+
+    if folder.exists():
+        shutil.rmtree(folder, onerror=retry)
+
+
+def require_free(folder: Path, megabytes: int) -> None:
+    """Raises Paused where less than `megabytes` are free on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free / 2**20
+    if free < megabytes:
+        raise Paused(
+            f"{folder}: only {free:.0f} MB are free on its disk, {megabytes} MB are to stay free",
+            "Free space (autoresearch clean shows what can go) or lower disk.keep_free_mb",
+        )
+
+
+def leftovers(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
+    """What `autoresearch clean` removes: run folders' bulk, of runs that are not under way."""
+    found = []
+    for run_dir in sorted(campaign_dir.glob("runs/*/*")):
+        if f"{run_dir.parent.name}/{run_dir.name}" not in open_folders:
+            found += [run_dir / n for n in (CACHE, "program", "scratch", WEIGHTS)]
+    found += sorted(campaign_dir.glob("heads/*/.cache.old"))
+    return [path for path in found if path.exists()]
+
+
+def size(path: Path) -> int:
+    """Bytes below `path`."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.lstat().st_size for p in path.rglob("*") if not p.is_symlink())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        _remove(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,38 @@
+"""Orders to a running campaign: files renamed into inbox/, recorded by the controller."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ORDERS = ("stop", "tell", "pause", "resume", "retire", "add", "adopt")
+LARGEST = 65_536  # bytes; an order is a sentence, not a file
+
+
+def send(campaign_dir: Path, order: str, **details: Any) -> str:
+    """Leave an order for the controller; returns its name. It is seen whole or not at all."""
+    inbox = campaign_dir / "inbox"
+    inbox.mkdir(exist_ok=True)
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"  # in the order they were given
+    draft = inbox / f".{name}"
+    draft.write_text(json.dumps({"order": order, **details}))
+    os.rename(draft, inbox / f"{name}.json")
+    return name
+
+
+def waiting(campaign_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The orders that lie there, oldest first. One that is no order is {"order": "", "why": ...}."""
+    for path in sorted((campaign_dir / "inbox").glob("[!.]*.json")):
+        try:
+            with open(path, "rb") as file:
+                content = json.loads(file.read(LARGEST))
+            if not isinstance(content, dict) or content.get("order") not in ORDERS:
+                raise ValueError(f"an order is one of {', '.join(ORDERS)}")
+        except (OSError, ValueError) as error:
+            content = {"order": "", "why": str(error)[:200]}
+        yield path, content

@@ -1,0 +1,87 @@
+"""A campaign from its settings to its end: puts the controller together and lets it run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agent.researcher import Researcher, researcher
+from jobs import campaign, materialise, submission
+from jobs.config import Agent, Branch, Config
+from jobs.controller import Controller
+from jobs.errors import UserError
+from jobs.history import State
+from jobs.model import Experiment, Run
+
+
+def run(config: Config, root: Path, say: Callable[[str], None]) -> str:
+    """Run or resume the campaign. Returns why it ended. Raises as `Controller.run`."""
+    with campaign.opened(config, root, say) as opened:
+        state = opened.state
+        scale = "" if config.task.kind == "general" else f", scale {config.data.scale}"
+        say(f"campaign {config.campaign}{scale}: {opened.site.campaign_dir}")
+        if state.records:
+            say(f"resumed at {len(state.records)} experiments")
+        cast = Cast(config)
+        for name in state.branches:
+            cast(name)  # settings that no researcher can be made from are told before a run starts
+        executor = submission.executor(config.executor, opened.site.campaign_dir)
+        controller = Controller(opened, executor, cast, cast.understudy, say)
+        return controller.run()
+
+
+class Cast:
+    """Who proposes on each branch, made when first asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._researchers: dict[str, Researcher] = {}
+        self._understudy: Researcher | None = None
+
+    def __call__(self, branch: str) -> Researcher:
+        """The branch's own researcher. Raises UserError for settings that do not make one."""
+        if branch not in self._researchers:
+            settings = self._config.branches.get(branch, Branch(agent=self._config.agent)).agent
+            try:
+                self._researchers[branch] = researcher(settings)
+            except ValueError as error:
+                raise UserError(f"branches.{branch}.agent: {error}") from None
+        return self._researchers[branch]
+
+    def understudy(self, branch: str) -> Researcher | None:
+        """Who steps in while a branch's researcher is unavailable: the sweep, for a paid one."""
+        settings = self._config.branches.get(branch, Branch(agent=self._config.agent)).agent
+        if settings.kind not in ("anthropic", "command") or settings.at_cap == "end":
+            return None
+        if self._understudy is None:
+            self._understudy = researcher(dataclasses.replace(Agent(), kind="sweep"))
+        return self._understudy
+
+
+def dry_run(config: Config, root: Path) -> str:
+    """What the first run would be: its task, and the exact job where there is one."""
+    from jobs.repository import Repository
+
+    repository = Repository(root)
+    start = repository.start("HEAD")
+    for path in config.task.editable:
+        repository.read(start, path)
+    site = campaign.site(config, root)
+    experiment = Experiment(
+        "e0001", next(iter(config.branches)), start, start, None, "baseline", "none", ""
+    )
+    run = Run("e0001", 1, 1, materialise.budget(config), config.data.scale)
+    folder = site.campaign_dir / "runs" / run.folder
+    task = materialise.task(site, State(), experiment, run, folder)
+    lines = [
+        f"campaign {config.campaign} would begin at {start[:10]} in {site.campaign_dir}",
+        f"branches: {', '.join(config.branches)}; researcher: {config.agent.kind}",
+        f"budget: {run.budget.amount:g} {run.budget.kind}, at most {task.wall_limit_s:.0f} s a run",
+        f"checked at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: settings, repository, data"
+        + (", image" if config.executor.image else ""),
+        "",
+        submission.preview(config.executor, run, f"{config.campaign}-{run.id}", folder, task),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""One run of one program under the referee, without a campaign: `autoresearch run --once`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs import campaign, disk, lab, materialise
+from jobs.config import Config
+from jobs.errors import UserError
+from jobs.history import State
+from jobs.model import Experiment, Run
+
+
+def run(
+    config: Config,
+    train: Path | None,
+    seed: int,
+    keep: Path | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run `train` (None: the lab's, else the shipped program). Returns what result.json says.
+
+    Args:
+        keep: where the run folder goes; None: it is removed.
+
+    Raises:
+        UserError: no such program, or `keep` exists already.
+    """
+    from trainer.referee import wrapper
+
+    source = train or (
+        Path(lab.PROGRAM) if Path(lab.PROGRAM).exists() else lab.TRAINER / "train.py"
+    )
+    if not source.is_file():
+        raise UserError(f"there is no program {source}; name one with --train")
+    if keep is not None and keep.exists():
+        raise UserError(f"{keep} exists already; name a new folder for the run")
+    lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
+    folder = Path(keep or tempfile.mkdtemp(prefix="autoresearch-once-")).absolute()
+    try:
+        program = folder / "program" / lab.PROGRAM
+        program.parent.mkdir(parents=True)
+        shutil.copyfile(source, program)
+        site = materialise.Site(config, folder, campaign.data_folder(config), {})
+        length = materialise.budget(config)
+        one = Run("once", seed, 1, length, config.data.scale)
+        nothing = Experiment("once", "once", "", "", None, str(source), "person", "")
+        task = materialise.task(site, State(), nothing, one, folder)
+        task.save()
+        say(
+            f"running {source}: scale {config.data.scale}, {length.amount:g} {length.kind}, seed {seed}"
+        )
+        return wrapper.run(task)
+    finally:
+        if keep is None:
+            disk.remove(folder)
+        else:
+            disk.remove(folder / "program")

@@ -1,0 +1,128 @@
+"""What is to be done next, by the state alone: which runs to start, whom to ask, when to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from jobs import policy
+from jobs.config import Config
+from jobs.history import Branch, State, better
+from jobs.model import Budget, Run
+
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that should be started as soon as a slot is free."""
+
+    run: Run
+    purpose: str  # "screen": it decides the experiment; "confirm": it only reports
+    avoid: frozenset[str] = frozenset()  # nodes
+
+
+def screening(state: State, budget: Budget, scale: str) -> Iterator[Wanted]:
+    """The next run of each experiment in flight that has none, oldest experiment first."""
+    busy = {run.run.experiment for run in state.open_runs.values()}
+    for name in state.in_flight:
+        if name not in busy:
+            yield from _next_run(state, name, 1, "screen", budget, scale)
+
+
+def confirming(state: State, budget: Budget, scale: str, seeds: int) -> Iterator[Wanted]:
+    """The closing reruns: first and best of each branch on fresh seeds 2 .. seeds + 1."""
+    for branch in state.branches.values():
+        for name in dict.fromkeys(filter(None, (branch.baseline, branch.best))):
+            for seed in range(2, seeds + 2):
+                if not any((r.run.experiment, r.run.seed) == (name, seed) for r in state.running()):
+                    yield from _next_run(state, name, seed, "confirm", budget, scale)
+
+
+def _next_run(
+    state: State, experiment: str, seed: int, purpose: str, budget: Budget, scale: str
+) -> Iterator[Wanted]:
+    """Its first attempt, or another one where infrastructure killed the last; else nothing."""
+    tries = [r for r in state.record(experiment).runs if r.seed == seed]
+    if not tries:
+        run = Run(experiment, seed, 1, budget, scale)
+        yield Wanted(run, purpose, policy.excluded_nodes(state))
+        return
+    last = max(tries, key=lambda r: r.attempt)
+    fate = policy.after(state, f"{experiment}-s{seed}-a{last.attempt}")
+    if isinstance(fate, policy.Retry):
+        yield Wanted(Run(experiment, seed, fate.attempt, budget, scale), purpose, fate.avoid)
+
+
+def undecided(state: State) -> Iterator[str]:
+    """Experiments whose runs have all ended, none of which is to be tried again."""
+    busy = {run.run.experiment for run in state.open_runs.values()}
+    for name in state.in_flight:
+        runs = state.record(name).runs
+        if name in busy or not runs:
+            continue
+        last = max(runs, key=lambda r: r.n)
+        if not isinstance(
+            policy.after(state, f"{name}-s{last.seed}-a{last.attempt}"), policy.Retry
+        ):
+            yield name
+
+
+def in_flight(state: State, branch: str | None = None) -> int:
+    """Experiments without a decision and proposals without an answer."""
+    experiments = [n for n in state.in_flight if branch in (None, state.record(n).branch)]
+    requests = [r for r in state.requests.values() if branch in (None, r.branch)]
+    return len(experiments) + len(requests)
+
+
+def openings(state: State, config: Config) -> Iterator[str]:
+    """Names of branches, once for each proposal that should be asked for now."""
+    room = config.executor.slots - in_flight(state)
+    asked = len(state.records) + len(state.requests)
+    if config.limits.experiments is not None:
+        room = min(room, config.limits.experiments - asked)
+    free = {
+        b.name: slots(b, config) - in_flight(state, b.name)
+        for b in state.branches.values()
+        if b.active and b.head is not None
+    }
+    # In turns, so that the branch named first does not take every slot.
+    while room > 0 and any(count > 0 for count in free.values()):
+        for name in sorted(free, key=lambda n: state.branches[n].experiments):
+            if free[name] > 0 and room > 0:
+                free[name] -= 1
+                room -= 1
+                yield name
+
+
+def lacking_baseline(state: State, config: Config) -> Iterator[str]:
+    """Active branches without a head whose baseline is not on its way."""
+    on_its_way = {state.record(name).branch for name in state.in_flight}
+    for branch in state.branches.values():
+        if branch.active and branch.head is None and branch.name not in on_its_way:
+            yield branch.name
+
+
+def slots(branch: Branch, config: Config) -> int:
+    """Experiments that a branch may have in flight."""
+    return int(branch.settings.get("slots") or 1)
+
+
+def end_reason(
+    state: State, config: Config, now: datetime, deadline: datetime | None
+) -> str | None:
+    """Why no more proposals are asked for; None: go on."""
+    limits = config.limits
+    if limits.experiments is not None and len(state.records) >= limits.experiments:
+        return f"{len(state.records)} experiments done, as limits.experiments says"
+    if deadline is not None and now >= deadline:
+        return f"time is up ({deadline.astimezone().strftime('%H:%M')})"
+    if limits.target is not None:
+        for branch in state.branches.values():
+            best = branch.best_metric
+            if best is not None and not better(limits.target, best, state.direction):
+                return f"{branch.name} reached {best:.6g}, the target is {limits.target:g}"
+    if state.branches and all(b.retired is not None for b in state.branches.values()):
+        return "every branch is retired"
+    return None

@@ -1,0 +1,326 @@
+"""Proposals from asking to an experiment's commit: researchers work in threads of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from agent import edit
+from agent.researcher import Context, Researcher
+from jobs import evidence, lab, materialise, names, plan
+from jobs.errors import UserError
+from jobs.journal import Journal
+from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
+from jobs.repository import Repository
+
+NAP_S = 60.0  # before a researcher is asked again that names no readable time
+AFTER_REFUSAL_S = 1.0
+RECENT = 1000  # experiments among which the parent of a proposal is looked for
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A proposal under way in a thread of its own."""
+
+    branch: str
+    base: str
+    future: Future[Proposal | Unavailable]
+    program_sha256: str
+
+
+class Proposals:
+    """Asks the researchers of a campaign and turns their answers into experiments.
+
+    Args:
+        researchers: of a branch; `understudy`: who steps in while that one is unavailable.
+        stop: set when the campaign ends: researchers return within seconds.
+    """
+
+    def __init__(
+        self,
+        site: materialise.Site,
+        journal: Journal,
+        repository: Repository,
+        researchers: Callable[[str], Researcher],
+        understudy: Callable[[str], Researcher | None],
+        say: Callable[[str], None],
+        stop: threading.Event,
+    ) -> None:
+        self._site, self._journal, self._repository = site, journal, repository
+        self._researchers, self._understudy = researchers, understudy
+        self._say, self._stop = say, stop
+        self._pool = ThreadPoolExecutor(site.config.executor.slots, "researcher")
+        self._asked: dict[str, Asked] = {}  # by proposal id
+        self._not_before: dict[str, datetime] = {}  # branch -> when its researcher is asked again
+        self._exhausted: set[str] = set()  # branches whose researcher has nothing more to say
+        self._known: dict[str, str] = {}  # program's fingerprint -> experiment
+
+    def close(self) -> None:
+        """Let go of the threads; what they were asked for is booked by the next start."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._asked)
+
+    @property
+    def silent(self) -> bool:
+        """Whether no researcher of an active branch has anything more to say."""
+        active = {b.name for b in self._journal.state.branches.values() if b.active and b.head}
+        return bool(active) and active <= self._exhausted
+
+    def recover(self) -> None:
+        """Book what died with the last controller; read which programs were tried already."""
+        for request in list(self._journal.state.requests.values()):
+            usage = replace(request.reserve, estimated=bool(request.reserve.dollars))
+            lost = Unavailable("the controller ended while this was asked for", None, usage)
+            self._journal.record(
+                "proposal_failed", proposal=request.proposal, unavailable=to_json(lost)
+            )
+        for record in self._journal.state.experiments():
+            self._known[edit.fingerprint(self.files(record.commit))] = record.id
+
+    def files(self, commit: str) -> dict[str, str]:
+        """The editable files of a commit."""
+        paths = self._site.config.task.editable
+        return {path: self._repository.read(commit, path) for path in paths}
+
+    def program(self, branch: str) -> str:
+        """The branch's program.md as it reads now: an edit in mid-campaign counts from here on.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        named = self._journal.state.branch(branch).settings.get("program", "program.md")
+        path = self._repository.root / named
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{branch}: its program {path} cannot be read: {error}") from None
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Baselines where there is none yet; a proposal for each free slot."""
+        state, config = self._journal.state, self._site.config
+        for branch in list(plan.lacking_baseline(state, config)):
+            self._ask_safely(branch, self._propose_baseline)
+        now = datetime.now(UTC)
+        for branch in list(plan.openings(self._journal.state, config)):
+            if branch in self._exhausted:
+                continue
+            researcher: Researcher | None = None
+            if now >= self._not_before.get(branch, now):
+                researcher = self._researchers(branch)
+            else:
+                researcher = self._understudy(branch)
+            if researcher is not None:
+                self._ask_safely(branch, lambda b, r=researcher: self._request(b, r))
+
+    def _ask_safely(self, branch: str, act: Callable[[str], None]) -> None:
+        """One branch's trouble (its program.md is gone) pauses that branch, not the others."""
+        try:
+            act(branch)
+        except UserError as error:
+            self._say(f"{branch} is paused: {error}")
+            self._journal.record("branch_paused", branch=branch, reason=str(error))
+
+    def _propose_baseline(self, branch: str) -> None:
+        start = self._journal.state.branch(branch).settings["start_commit"]
+        program = self.program(branch)
+        self.accept(None, Proposal(branch, start, {}, "baseline", "none"), _sha256(program))
+
+    def _request(self, branch: str, researcher: Researcher) -> None:
+        state, program = self._journal.state, self.program(branch)
+        base = state.branch(branch).head_commit
+        assert base is not None  # plan.openings names branches with a head only
+        context = self._context(branch, base, program)
+        reserve = getattr(researcher, "reserve", lambda *_: Usage())(state, branch)
+        proposal = f"p{state.events:06d}"
+        self._journal.record(
+            "proposal_requested",
+            proposal=proposal,
+            branch=branch,
+            base=base,
+            slot=len(self._asked),
+            reserve=to_json(reserve),
+        )
+        future = self._pool.submit(researcher.propose, self._journal.state, branch, context)
+        self._asked[proposal] = Asked(branch, base, future, _sha256(program))
+
+    def _context(self, branch: str, base: str, program: str) -> Context:
+        config, state = self._site.config, self._journal.state
+        settings = config.branches.get(branch)
+        waiting = sum(request.branch == branch for request in state.requests.values())
+        return Context(
+            base=base,
+            files=self.files(base),
+            program=program,
+            scale=config.data.scale,
+            seed=(settings or config).agent.seed,
+            number=state.branch(branch).proposals + waiting,
+            metric=config.task.metric,
+            direction="higher" if config.task.direction == "maximise" else "lower",
+            readable={"trainer/prepare.py": (lab.TRAINER / "prepare.py").read_text()},
+            known=dict(self._known),
+            records=evidence.Evidence(
+                state, self._repository, self._site.campaign_dir / "runs", config.task.editable
+            ),
+            stop=self._stop,
+        )
+
+    # -- answers ----------------------------------------------------------------------------------
+
+    def take(self) -> None:
+        """The answers that have come: experiments of proposals, a record of everything else."""
+        for request, asked in list(self._asked.items()):
+            if not asked.future.done():
+                continue
+            del self._asked[request]
+            answer = self._answer(asked)
+            if isinstance(answer, Proposal):
+                self.accept(request, answer, asked.program_sha256)
+            else:
+                self._unavailable(request, asked.branch, answer)
+
+    def _answer(self, asked: Asked) -> Proposal | Unavailable:
+        try:
+            answer = asked.future.result()
+        except Exception as error:  # a researcher must not raise; no GPU may idle for it
+            words = f"the researcher failed: {type(error).__name__}: {error}"[:500]
+            return Unavailable(words, _in(NAP_S))
+        if isinstance(answer, Proposal) and (wrong := self._refusal(asked, answer)):
+            return Unavailable(f"refused: {wrong}", _in(AFTER_REFUSAL_S), answer.usage)
+        return answer
+
+    def _refusal(self, asked: Asked, proposal: Proposal) -> str | None:
+        """The controller's own check, whoever proposed: the right base, allowed files, an edit."""
+        if (proposal.branch, proposal.base) != (asked.branch, asked.base):
+            return "it was made for another branch or commit than it was asked for"
+        if outside := set(proposal.files) - set(self._site.config.task.editable):
+            return f"it edits {', '.join(sorted(outside))}, which is not editable"
+        present = self.files(asked.base)
+        if all(present[path] == text for path, text in proposal.files.items()):
+            return "it changes nothing"
+        return None
+
+    def _unavailable(self, request: str, branch: str, answer: Unavailable) -> None:
+        self._journal.record("proposal_failed", proposal=request, unavailable=to_json(answer))
+        if self._stop.is_set():
+            return
+        if answer.until is None:
+            self._exhausted.add(branch)
+        else:
+            self._not_before[branch] = _moment(answer.until)
+        self._say(f"{branch}: no proposal now: {answer.reason}")
+
+    def accept(self, request: str | None, proposal: Proposal, program_sha256: str) -> None:
+        """From a proposal to an experiment: objects, the record, the ref, in this order."""
+        parent = self._experiment_at(proposal.branch, proposal.base)
+        commit = self._commit(proposal, parent, program_sha256)
+        before = self.files(proposal.base)
+        counts = [edit.line_counts(before[p], text) for p, text in proposal.files.items()]
+        experiment = Experiment(
+            id=self._journal.state.next_id,
+            branch=proposal.branch,
+            commit=commit,
+            base=proposal.base,
+            parent=parent,
+            description=proposal.description,
+            researcher=proposal.researcher,
+            program_sha256=program_sha256,
+            hypothesis=proposal.hypothesis,
+            tags=proposal.tags,
+            lines_added=sum(added for added, _ in counts),
+            lines_removed=sum(removed for _, removed in counts),
+            usage=proposal.usage,
+            rebased_from=proposal.rebased_from,
+        )
+        self._journal.record("proposed", proposal=request, experiment=to_json(experiment))
+        ref = names.attempt_ref(self._site.config.campaign, experiment.id)
+        self._repository.point(ref, commit, None)
+        self._known[edit.fingerprint({**before, **proposal.files})] = experiment.id
+
+    def _commit(self, proposal: Proposal, parent: str | None, program_sha256: str) -> str:
+        message = "\n\n".join(filter(None, (proposal.description, proposal.hypothesis)))
+        own = {
+            "Branch": proposal.branch,
+            "Parent-Experiment": parent,
+            "Rebased-From": proposal.rebased_from,
+            "Researcher": proposal.researcher,
+            "Program-SHA256": program_sha256,
+        }
+        trailers = materialise.trailers(self._site, own)
+        return self._repository.commit(proposal.base, proposal.files, message, trailers)
+
+    def _experiment_at(self, branch: str, commit: str) -> str | None:
+        """The experiment that is `commit`; None for a start commit, which is none."""
+        state = self._journal.state
+        head = state.branch(branch)
+        if head.head_commit == commit:
+            return head.head
+        return next((r.id for r in reversed(state.recent(RECENT)) if r.commit == commit), None)
+
+    def carry_over(self, name: str, into: str, word: str) -> None:
+        """Propose an experiment's edit again on the present head of a branch, by a 3-way merge.
+
+        Args:
+            word: "rebased" or "adopted", for the description.
+
+        Raises:
+            UserError: no such experiment or branch, a branch without a head.
+        """
+        state = self._journal.state
+        try:
+            source, head = state.record(name), state.branch(into).head_commit
+        except KeyError as error:
+            raise UserError(f"there is no {error} in this campaign") from None
+        if head is None:
+            raise UserError(f"branch {into} has no head yet")
+        merged = self._merged(source.base, source.commit, head)
+        if merged is None:
+            self._say(f"{name} does not merge with the head of {into}: left as it is")
+            return
+        if not merged:
+            self._say(f"{name} is in {into} already")
+            return
+        origin = state.experiment(name)
+        proposal = Proposal(
+            branch=into,
+            base=head,
+            files=merged,
+            description=f"{word} {name}: {source.description}",
+            researcher=origin.researcher,
+            hypothesis=origin.hypothesis,
+            tags=origin.tags,
+            rebased_from=name,
+        )
+        self.accept(None, proposal, origin.program_sha256)
+
+    def _merged(self, base: str, theirs: str, ours: str) -> Mapping[str, str] | None:
+        """The files that a merge changes against `ours`; None on a conflict."""
+        old, new, head = self.files(base), self.files(theirs), self.files(ours)
+        texts = {p: self._repository.merge_file(old[p], head[p], new[p]) for p in old}
+        if any(text is None for text in texts.values()):
+            return None
+        return {p: text for p, text in texts.items() if text is not None and text != head[p]}
+
+
+def _in(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+def _moment(until: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(until)
+    except ValueError:
+        return datetime.now(UTC) + timedelta(seconds=NAP_S)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

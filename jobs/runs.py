@@ -1,0 +1,171 @@
+"""Runs from intent to result: hands them to the executor, finds them again, collects their ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jobs import materialise, outcome
+from jobs.effects import effect
+from jobs.errors import Paused
+from jobs.history import OpenRun
+from jobs.journal import Journal
+from jobs.model import Result, to_json
+from jobs.plan import Wanted
+from jobs.repository import Repository
+from jobs.submission import Executor, JobState
+
+LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
+LOCAL_LOST_AFTER_S = 0.5
+LOCAL_SURVEY_S = 0.25
+HANG_MARGIN_S = 300.0  # beyond a run's own limit, which its wrapper enforces
+
+
+class Runs:
+    """The runs of one campaign that have not ended."""
+
+    def __init__(
+        self,
+        site: materialise.Site,
+        journal: Journal,
+        repository: Repository,
+        executor: Executor,
+        say: Callable[[str], None],
+    ) -> None:
+        self._site, self._journal, self._repository = site, journal, repository
+        self._executor, self._say = executor, say
+        self._local = site.config.executor.kind == "local"
+        self._surveyed = 0.0  # monotonic time of the last survey
+        self._states: dict[str, JobState] = {}
+        self._missing_since: dict[str, float] = {}  # run id -> first survey without its job
+
+    def folder(self, run: OpenRun) -> Path:
+        return self._site.campaign_dir / "runs" / run.folder
+
+    # -- starting ---------------------------------------------------------------------------------
+
+    def start(self, wanted: Wanted) -> None:
+        """Record the intent, then act on it."""
+        config, run = self._site.config, wanted.run
+        self._journal.record(
+            "run_intended",
+            run=to_json(run),
+            executor=config.executor.kind,
+            name=f"{config.campaign}-{run.id}",
+            folder=run.folder,
+            purpose=wanted.purpose,
+        )
+        self._submit(self._journal.state.open_runs[run.id], wanted.avoid)
+
+    def adopt(self) -> None:
+        """Runs that were intended: find their jobs by name, or submit them now."""
+        unsure = [r for r in self._journal.state.open_runs.values() if r.submission is None]
+        found = self._executor.find([run.name for run in unsure]) if unsure else {}
+        for run in unsure:
+            if run.name in found:
+                self._journal.record("run_submitted", submission=to_json(found[run.name]))
+            else:
+                self._submit(run, frozenset())
+        if running := [run.run.id for run in self._journal.state.running()]:
+            self._say(f"adopted {len(running)} running: {', '.join(running)}")
+
+    def _submit(self, run: OpenRun, avoid: frozenset[str]) -> None:
+        """Snapshot, task, hand over, record. Repeating any part of it is harmless."""
+        site, state = self._site, self._journal.state
+        experiment, folder = state.experiment(run.run.experiment), self.folder(run)
+        with effect("run.folder"):
+            _make(folder)
+            materialise.task(site, state, experiment, run.run, folder).save()
+        editable = () if site.config.task.kind == "general" else site.config.task.editable
+        self._repository.snapshot(experiment.commit, folder / "program", editable)
+        with effect("run.submit"):
+            submission = self._executor.submit(run.run, run.name, folder, self._limit_s(), avoid)
+        self._journal.record("run_submitted", submission=to_json(submission))
+
+    def _limit_s(self) -> float:
+        config = self._site.config
+        ceiling = materialise.feed_ceiling_s(self._journal.state, config)
+        return materialise.wall_limit_s(config, ceiling)
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def ended(self) -> list[tuple[OpenRun, Result]]:
+        """The runs that have ended since: by their result.json, else by what became of the job.
+
+        Raises:
+            Paused: a job waits for a reason that waiting does not mend.
+        """
+        running = [run for run in self._journal.state.open_runs.values() if run.submission]
+        results = {run.run.id: self._read(run) for run in running}
+        if (missing := [r for r in running if results[r.run.id] is None]) and self._survey_due():
+            results |= self._survey(missing)
+        found = [(run, results[run.run.id]) for run in running]
+        return [(run, self._with_queue(run, result)) for run, result in found if result]
+
+    def _read(self, run: OpenRun) -> Result | None:
+        return outcome.read(self.folder(run), run.run)
+
+    def _with_queue(self, run: OpenRun, result: Result) -> Result:
+        self._missing_since.pop(run.run.id, None)
+        state = self._states.pop(run.run.id, None)
+        if state is None:
+            return result
+        if state.preempted and result.status == "infrastructure":
+            result = dataclasses.replace(result, details={**result.details, "preempted": True})
+        return dataclasses.replace(result, queue_s=state.queue_s)
+
+    def _survey_due(self) -> bool:
+        every = LOCAL_SURVEY_S if self._local else self._site.config.executor.poll_seconds
+        if time.monotonic() - self._surveyed < every:
+            return False
+        self._surveyed = time.monotonic()
+        return True
+
+    def _survey(self, running: list[OpenRun]) -> Mapping[str, Result | None]:
+        """Results of runs whose jobs are gone without one of their own; one query for all."""
+        states = self._executor.survey([run.submission for run in running if run.submission])
+        if states is None:
+            return {}  # a failed query is no information
+        self._states |= states
+        found: dict[str, Result | None] = {}
+        for run in running:
+            state = states.get(run.run.id, JobState("absent"))
+            if state.permanent:
+                raise Paused(
+                    f"run {run.run.id} waits for ever: {state.reason}",
+                    "Mend what Slurm names (executor: in campaign.yaml), then start again",
+                )
+            if reason := self._lost(run, state):
+                # It may have written its result between our look and the query.
+                found[run.run.id] = self._read(run) or outcome.lost(run.run, reason, state)
+        return found
+
+    def _lost(self, run: OpenRun, state: JobState) -> str | None:
+        """Why a run will never leave a result; None while it may."""
+        if state.phase in ("pending", "running"):
+            self._missing_since.pop(run.run.id, None)
+            return self._hung(run) if state.phase == "running" else None
+        since = self._missing_since.setdefault(run.run.id, time.monotonic())
+        if time.monotonic() - since < (LOCAL_LOST_AFTER_S if self._local else LOST_AFTER_S):
+            return None
+        return f"its job is {state.phase} without a result ({state.reason or 'no reason given'})"
+
+    def _hung(self, run: OpenRun) -> str | None:
+        limit, claim = self._limit_s() + HANG_MARGIN_S, self.folder(run) / "claim.json"
+        if not claim.exists() or time.time() - claim.stat().st_mtime < limit:
+            return None
+        assert run.submission is not None  # only submitted runs are surveyed
+        with effect("run.cancel"):
+            self._executor.cancel([run.submission])
+        return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Paused(
+            f"the run folder {folder} cannot be made: {error.strerror}", "Mend that"
+        ) from None
