@@ -97,7 +97,8 @@ def test_what_is_in_flight_survives_a_snapshot(tmp_path: Path) -> None:
     state, tail = snapshot.open_history(tmp_path)
     snapshot.save(tmp_path, state, tail.offset)
     opened, _ = snapshot.open_history(tmp_path)
-    assert opened.open_runs == story.state.open_runs
+    assert opened.open_runs == state.open_runs
+    assert opened.running()[0].submission == story.state.running()[0].submission
     assert opened.requests == story.state.requests
     assert opened.in_flight == ("e0001",)
 
