@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jobs.errors import LedgerBroken
@@ -207,7 +207,6 @@ class _Fold:
     """The mutable inside of `fold`."""
 
     def __init__(self, state: State, source: Callable[[int], Event] | None) -> None:
-        self.before = state
         self.source = source or state.source
         self.campaign, self.start, self.config = state.campaign, state.start, state.config
         self.records = state.records.thaw()
@@ -250,31 +249,11 @@ class _Fold:
             ) from error
 
     def freeze(self) -> State:
-        for name, fields in self.edited.items():
-            self.branches[name] = Branch(**{**fields, "spent": _usage(fields["spent"])})
-        return replace(
-            self.before,
-            campaign=self.campaign,
-            start=self.start,
-            config=self.config,
-            records=self.records,
-            branches=self.branches,
-            open_runs=self.open_runs,
-            requests=self.requests,
-            in_flight=tuple(self.in_flight),
-            nodes=self.nodes,
-            orders=frozenset(self.orders),
-            spent=_usage(self.spent),
-            allocated_s=self.allocated_s,
-            training_s=self.training_s,
-            parked_in_row=self.parked_in_row,
-            paused=self.paused,
-            stopped=self.stopped,
-            fence=self.fence,
-            events=self.events,
-            time=self.time,
-            source=self.source,
-        )
+        for name, edited in self.edited.items():
+            self.branches[name] = Branch(**{**edited, "spent": _usage(edited["spent"])})
+        values = {f.name: getattr(self, f.name) for f in fields(State)}
+        values["in_flight"], values["orders"] = tuple(self.in_flight), frozenset(self.orders)
+        return State(**{**values, "spent": _usage(self.spent)})
 
     def branch(self, name: str) -> dict[str, Any]:
         """The fields of a branch, to be changed: a new Branch for each event would cost half of
@@ -284,36 +263,36 @@ class _Fold:
             self.edited[name] = {**vars(before), "spent": dict(vars(before.spent))}
         return self.edited[name]
 
-    # -- one handler per event name -----------------------------------------------------------
+    # -- on_NAME is called for each event of that name -----------------------------------------
 
-    def campaign_started(self, event: Event) -> None:
+    def on_campaign_started(self, event: Event) -> None:
         self.campaign = event["campaign"]
         self.start = {k: v for k, v in event.items() if k not in ("config", "at")}
         self.config = event["config"]
         self.stopped = None
 
-    def config_changed(self, event: Event) -> None:
+    def on_config_changed(self, event: Event) -> None:
         self.config = event["config"]
 
-    def branch_added(self, event: Event) -> None:
+    def on_branch_added(self, event: Event) -> None:
         name = event["branch"]
         self.branches.setdefault(name, Branch(name))
         self.branch(name)["settings"] = event.get("settings") or {}
 
-    def branch_paused(self, event: Event) -> None:
+    def on_branch_paused(self, event: Event) -> None:
         self.branch(event["branch"])["paused"] = event.get("reason") or "paused"
 
-    def branch_resumed(self, event: Event) -> None:
+    def on_branch_resumed(self, event: Event) -> None:
         self.branch(event["branch"])["paused"] = None
 
-    def branch_retired(self, event: Event) -> None:
+    def on_branch_retired(self, event: Event) -> None:
         self.branch(event["branch"])["retired"] = event.get("reason") or "retired"
 
-    def told(self, event: Event) -> None:
+    def on_told(self, event: Event) -> None:
         branch = self.branch(event["branch"])
         branch["notes"] = (*branch["notes"], event["text"])
 
-    def proposal_requested(self, event: Event) -> None:
+    def on_proposal_requested(self, event: Event) -> None:
         reserve = event.get("reserve")
         self.requests[event["proposal"]] = Request(
             proposal=event["proposal"],
@@ -324,11 +303,11 @@ class _Fold:
             reserve=from_json(Usage, reserve) if reserve else Usage(),
         )
 
-    def proposal_failed(self, event: Event) -> None:
+    def on_proposal_failed(self, event: Event) -> None:
         request = self.requests.pop(event["proposal"])
         self._spend(request.branch, (event.get("unavailable") or {}).get("usage"))
 
-    def proposed(self, event: Event) -> None:
+    def on_proposed(self, event: Event) -> None:
         given = event["experiment"]
         expected = experiment_id(len(self.records))
         if given["id"] != expected:
@@ -362,7 +341,7 @@ class _Fold:
             for name in total:
                 total[name] += usage.get(name, 0)
 
-    def run_intended(self, event: Event) -> None:
+    def on_run_intended(self, event: Event) -> None:
         run = event["run"]
         name = f"{run['experiment']}-s{run['seed']}-a{run['attempt']}"
         if name in self.open_runs:
@@ -372,12 +351,12 @@ class _Fold:
             raise ValueError(f"run {name} has ended already")
         self.open_runs[name] = OpenRun(record.branch, event)
 
-    def run_submitted(self, event: Event) -> None:
+    def on_run_submitted(self, event: Event) -> None:
         name = event["submission"]["run"]
         opened = self.open_runs[name]
         self.open_runs[name] = OpenRun(opened.branch, opened.intended, event["submission"])
 
-    def run_ended(self, event: Event) -> None:
+    def on_run_ended(self, event: Event) -> None:
         result = event["result"]
         opened = self.open_runs.pop(result["run"])
         details = result.get("details") or {}
@@ -408,7 +387,7 @@ class _Fold:
         self.allocated_s += allocated
         self.training_s += training
 
-    def decided(self, event: Event) -> None:
+    def on_decided(self, event: Event) -> None:
         decision = event["decision"]
         record = self._record(decision["experiment"])
         if record.verdict not in (None, "measure"):
@@ -435,22 +414,22 @@ class _Fold:
         else:
             _drop(branch, record)
 
-    def stop(self, event: Event) -> None:
+    def on_stopped(self, event: Event) -> None:
         self.stopped = event.get("reason") or "stopped"
 
-    def pause(self, event: Event) -> None:
+    def on_paused(self, event: Event) -> None:
         self.paused = {"reason": event["reason"], "remedy": event.get("remedy", "")}
 
-    def resumed(self, event: Event) -> None:
+    def on_resumed(self, event: Event) -> None:
         self.paused, self.stopped, self.parked_in_row = None, None, 0
 
-    def lease_taken(self, event: Event) -> None:
+    def on_lease_taken(self, event: Event) -> None:
         self.stopped = None
 
-    def order(self, event: Event) -> None:
+    def on_order(self, event: Event) -> None:
         self.orders.add(event["name"])
 
-    def node_cleared(self, event: Event) -> None:
+    def on_node_cleared(self, event: Event) -> None:
         self.nodes.pop(event["node"], None)
 
     def _record(self, experiment: str) -> Record:
@@ -487,24 +466,7 @@ def _drop(branch: dict[str, Any], record: Record) -> None:
 
 
 _HANDLERS: Mapping[str, Callable[[_Fold, Event], None]] = {
-    "campaign_started": _Fold.campaign_started,
-    "config_changed": _Fold.config_changed,
-    "branch_added": _Fold.branch_added,
-    "branch_paused": _Fold.branch_paused,
-    "branch_resumed": _Fold.branch_resumed,
-    "branch_retired": _Fold.branch_retired,
-    "told": _Fold.told,
-    "proposal_requested": _Fold.proposal_requested,
-    "proposal_failed": _Fold.proposal_failed,
-    "proposed": _Fold.proposed,
-    "run_intended": _Fold.run_intended,
-    "run_submitted": _Fold.run_submitted,
-    "run_ended": _Fold.run_ended,
-    "decided": _Fold.decided,
-    "stopped": _Fold.stop,
-    "paused": _Fold.pause,
-    "resumed": _Fold.resumed,
-    "lease_taken": _Fold.lease_taken,
-    "order": _Fold.order,
-    "node_cleared": _Fold.node_cleared,
+    name.removeprefix("on_"): method
+    for name, method in vars(_Fold).items()
+    if name.startswith("on_")
 }
