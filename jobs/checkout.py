@@ -93,7 +93,7 @@ def _refuse_leaving(folder: Path, path: str) -> None:
 
 
 def _holds(folder: Path, files: Mapping[str, Entry]) -> bool:
-    found = set()
+    found: set[str] = set()
     for place, names, others in os.walk(folder):
         below = os.path.relpath(place, folder) + "/" if place != str(folder) else ""
         found.update(below + name for name in others)

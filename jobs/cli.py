@@ -15,7 +15,7 @@ ABOUT = """\
 A night of experiments by itself: a researcher proposes an edit of one file, a referee trains and
 scores it under a fixed budget, and git remembers everything.
 
-  autoresearch init LAB && cd LAB     a folder of its own: program.md, trainer/train.py, campaign.yaml
+  autoresearch init LAB && cd LAB     a folder: program.md, trainer/train.py, campaign.yaml
   autoresearch prepare                the data, once
   autoresearch run                    go; Ctrl-C hands over, the same command resumes
   autoresearch status                 from another terminal, at any time
@@ -24,7 +24,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused (a person is needed)."""
+    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused: a person is needed."""
     arguments = _parser().parse_args(argv)
     try:
         return COMMANDS[arguments.command](arguments)

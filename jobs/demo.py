@@ -1,4 +1,4 @@
-"""The demonstration: a real campaign from the shipped program, on this machine, with nothing set up."""
+"""The demonstration: a real campaign from the shipped program, with nothing set up."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def summary(state: State) -> list[str]:
         lines.append(f"  gain {gain:.4f} val_bpb (the campaign's own seed said {claimed:.4f})")
     else:
         lines.append(
-            f"  no gain beyond noise: {gain:+.4f} +- {noise:.4f} (the campaign's seed said {claimed:.4f})"
+            f"  no gain beyond noise: {gain:+.4f} +- {noise:.4f} "
+            f"(the campaign's own seed said {claimed:.4f})"
         )
     if "reference" in state.branches:
         lines.append(_recovered(state, scores[first.id], scores[best.id]))

@@ -26,7 +26,7 @@ def send(campaign_dir: Path, order: str, **details: Any) -> str:
 
 
 def waiting(campaign_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The orders that lie there, oldest first. One that is no order is {"order": "", "why": ...}."""
+    """The orders that lie there, oldest first; what is no order is {"order": "", "why": ...}."""
     for path in sorted((campaign_dir / "inbox").glob("[!.]*.json")):
         try:
             with open(path, "rb") as file:

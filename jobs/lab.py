@@ -41,16 +41,14 @@ def make(folder: Path, train_py: str | None = None) -> Path:
     (folder / "campaign.yaml").write_text(config.template())
     (folder / ".gitignore").write_text(IGNORED)
     _git(folder, "init", "--quiet", "--initial-branch=main")
-    _git(folder, "add", "--all")
-    _git(
-        folder,
-        *_identity(folder),
-        "commit",
-        "--quiet",
-        "--message",
-        "A lab: where the night begins",
-    )
+    commit(folder, "A lab: where the night begins")
     return folder
+
+
+def commit(folder: Path, message: str) -> None:
+    """Commit everything in a lab that this module made."""
+    _git(folder, "add", "--all")
+    _git(folder, *_identity(folder), "commit", "--quiet", "--message", message)
 
 
 def _copy_programs(folder: Path) -> None:
@@ -82,7 +80,7 @@ def _git(folder: Path, *arguments: str) -> None:
 
 
 def default_data(corpus: str, scale: str) -> Path:
-    """Where prepared data lies unless campaign.yaml says otherwise: shared by all labs of a user."""
+    """Where prepared data lies unless campaign.yaml says otherwise: one place for all labs."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "autoresearch" / "data" / f"{corpus.replace(':', '-').replace('/', '_')}-{scale}"
 

@@ -1,4 +1,4 @@
-"""From an experiment and a run to what the node is told: a task. Pure but for reading facts once."""
+"""From an experiment and a run to what the node is told: a task. Pure."""
 
 from __future__ import annotations
 

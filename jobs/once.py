@@ -52,7 +52,8 @@ def run(
         task = materialise.task(site, State(), nothing, one, folder)
         task.save()
         say(
-            f"running {source}: scale {config.data.scale}, {length.amount:g} {length.kind}, seed {seed}"
+            f"running {source}: scale {config.data.scale}, "
+            f"{length.amount:g} {length.kind}, seed {seed}"
         )
         return wrapper.run(task)
     finally:

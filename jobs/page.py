@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,9 @@ def _failures(state: State, table: Any) -> str:
 
 def _use(state: State, table: Any) -> str:
     """Run time by what became of it, and what proposals cost."""
-    seconds: Counter[str] = Counter()
-    training: Counter[str] = Counter()
     count: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
+    training: dict[str, float] = defaultdict(float)
     columns = (table.column(n).to_pylist() for n in ("status", "total_s", "training_s"))
     for kind, total, trained in zip(*columns, strict=True):
         kind = kind if kind in ("keep", "discard", "parked") else "failed"

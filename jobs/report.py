@@ -178,7 +178,7 @@ def status_text(state: State, controller: str | None = None, now: datetime | Non
 
 def _branch_table(state: State) -> Iterable[str]:
     titles = ("branch", "experiments", "kept", "discarded", "failed", "first", "best", "gain", "")
-    rows = [titles]
+    rows: list[tuple[str, ...]] = [titles]
     for branch in state.branches.values():
         first, best = branch.baseline_metric, branch.best_metric
         gain = "" if first is None or best is None else value(state, abs(first - best))
@@ -188,11 +188,9 @@ def _branch_table(state: State) -> Iterable[str]:
         rows.append((branch.name, *map(str, counts), *scores))
     widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
     for row in rows:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(["", first, *rest]).rstrip()
+        name, *cells = row
+        aligned = [cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True)]
+        yield "  ".join(["", name.ljust(widths[0]), *aligned]).rstrip()
 
 
 def _use(state: State) -> list[str]:

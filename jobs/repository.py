@@ -33,8 +33,10 @@ PACK_FROM = 3000  # loose objects; git's own gc --auto starts at 6700
 Move = tuple[str, str, str | None]  # ref, new commit, commit it is at now (None: it is not there)
 
 # Set by git for hooks and aliases: they would turn our git to another repository or index.
-_CALLERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_NAMESPACE")
-_CALLERS += ("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_PREFIX")
+_CALLERS = (
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_NAMESPACE"),
+    *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_PREFIX"),
+)
 
 
 class RefMoved(AutoresearchError):
@@ -62,13 +64,11 @@ class Repository:
         for name in _CALLERS:
             os.environ.pop(name, None)
         self._repo = _open(Path(path))
-        self.root = Path(self._repo.working_tree_dir)
+        self.root = Path(self._repo.working_tree_dir or path)
         self.objects = Objects(self._repo)
         config = self._repo.config_reader()
-        self._config = {
-            key: str(config.get_value(*key.split("."), default=""))
-            for key in ("user.name", "user.email", "extensions.partialclone")
-        }
+        self._user = tuple(str(config.get_value("user", k, default="")) for k in ("name", "email"))
+        self._partial = bool(config.get_value("extensions", "partialclone", default=""))
 
     def close(self) -> None:
         """End the long-lived `git cat-file` processes; they are started again when needed."""
@@ -111,7 +111,7 @@ class Repository:
                 "shallow clone: experiments work, history before its edge cannot be reproduced or "
                 "pushed everywhere (git fetch --unshallow completes it)"
             )
-        if self._config["extensions.partialclone"]:
+        if self._partial:
             said.append("partial clone: objects that are missing are fetched from its remote")
         if self._repo.head.is_detached:
             said.append("detached HEAD: experiments start from the commit it is at")
@@ -211,8 +211,8 @@ class Repository:
     @property
     def identity(self) -> str:
         """'Name <mail>' of the user, or the project's own where git knows none."""
-        name = os.environ.get("GIT_AUTHOR_NAME") or self._config["user.name"] or IDENTITY[0]
-        email = os.environ.get("GIT_AUTHOR_EMAIL") or self._config["user.email"] or IDENTITY[1]
+        name = os.environ.get("GIT_AUTHOR_NAME") or self._user[0] or IDENTITY[0]
+        email = os.environ.get("GIT_AUTHOR_EMAIL") or self._user[1] or IDENTITY[1]
         name, email = (re.sub(r"[<>\x00-\x1f]", "", part).strip() for part in (name, email))
         return f"{name} <{email}>"
 
@@ -371,7 +371,7 @@ class Repository:
         tree = self.tree(commit)
         if not paths:
             return dict(self.objects.walk(tree))
-        files = {}
+        files: dict[str, Entry] = {}
         for path in paths:
             entry = self.objects.find(tree, path)
             if entry is None:
@@ -394,8 +394,9 @@ class Repository:
     def lines_changed(self, a: str, b: str, paths: Iterable[str] = ()) -> tuple[int, int]:
         """Lines (added, removed) from `a` to `b` as git counts them, without binary files."""
         rows = self.git(*_DIFF, "--numstat", a, b, "--", *paths).splitlines()
-        counts = [row.split("\t") for row in rows]
-        return tuple(sum(int(c[i]) for c in counts if c[i].isdigit()) for i in (0, 1))
+        counts = [row.split("\t")[:2] for row in rows]
+        texts = [(int(added), int(removed)) for added, removed in counts if added != "-"]
+        return sum(added for added, _ in texts), sum(removed for _, removed in texts)
 
     def merge_file(self, base: str, ours: str, theirs: str) -> str | None:
         """Three texts merged by lines; None where the two sides touch the same lines."""
@@ -411,8 +412,10 @@ class Repository:
 
 
 # git's defaults leave refs to the page cache, and give up after 0.1 s where NFS is slow
-_SYNCED = ("-c", "core.fsync=all", "-c", "core.filesRefLockTimeout=5000")
-_SYNCED += ("-c", "core.packedRefsTimeout=20000")
+_SYNCED = (
+    *("-c", "core.fsync=all"),
+    *("-c", "core.filesRefLockTimeout=5000", "-c", "core.packedRefsTimeout=20000"),
+)
 # plumbing: diff.noprefix, diff.external and their like are the user's, not ours
 _DIFF = ("--literal-pathspecs", "diff-tree", "-r", "--no-renames", "--no-ext-diff", "--no-textconv")
 _HEX = "[0-9a-f]"

@@ -138,12 +138,10 @@ class LocalExecutor:
         return found
 
     def _claimed(self, name: str) -> Submission:
-        """The submission that a claim file tells of. Raises FileNotFoundError where there is none."""
-        experiment, attempt = (
-            name.rsplit("-", 2)[0].rsplit("-", 1)[1],
-            "-".join(name.rsplit("-", 2)[1:]),
-        )
-        claim = json.loads((self._runs / experiment / attempt / "claim.json").read_text())
+        """The submission that a claim file tells of. Raises FileNotFoundError without one."""
+        experiment, seed, attempt = name.split("-")[-3:]
+        folder = self._runs / experiment / f"{seed}-{attempt}"
+        claim = json.loads((folder / "claim.json").read_text())
         if claim.get("device"):
             self._device_of[claim["run"]] = claim["device"]
         return Submission(claim["run"], "local", claim["process"], claim["host"])

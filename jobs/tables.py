@@ -164,16 +164,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 # -- results.parquet ------------------------------------------------------------------------------
 
-_TEXT = ("experiment", "branch", "commit", "base", "parent", "rebased_from", "verdict", "status")
-_TEXT += (
-    "reason",
-    "description",
-    "hypothesis",
-    "researcher",
-    "program_sha256",
-    "rule",
-    "node",
-    "gpu",
+_TEXT = (
+    *("experiment", "branch", "commit", "base", "parent", "rebased_from", "verdict", "status"),
+    *("reason", "description", "hypothesis", "researcher", "program_sha256", "rule", "node", "gpu"),
 )
 _FLOATS = ("metric", "best_before", "gain", "required", "dollars")
 _PEAKS = ("memory_mb", "gpu_memory_mb")
