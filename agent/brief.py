@@ -47,7 +47,7 @@ def system(context: Context) -> list[str]:
 
     1. rules, program.md and the interface of the read-only files, 2. the editable files.
     """
-    better = "lower is better" if context.direction == "minimise" else "higher is better"
+    better = f"{context.direction} is better"
     rules = RULES.format(
         editable=", ".join(context.files),
         metric=context.metric,

@@ -62,13 +62,12 @@ class Command:
                 f"agent.kind command: {name} is not on PATH; install it or name its path"
             )
 
-    def reserve(self, state: State, branch: str) -> Usage | None:
-        want = Usage(dollars=LIMIT_DOLLARS) if self._settings.preset else Usage(output_tokens=1)
-        return money.room(state, branch, want, self._settings.caps, self._caps)
+    def reserve(self, state: State, branch: str) -> Usage:
+        return Usage(dollars=LIMIT_DOLLARS) if self._settings.preset else Usage()
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
-        if context.reserve is None:
-            return Unavailable("the cap on dollars or tokens leaves no room for a proposal")
+        if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
+            return Unavailable(reason, money.until(self._settings))
         deadline, spent, trespasses = time.monotonic() + self._settings.deadline, Usage(), []
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as name:
             folder = Path(name)

@@ -50,13 +50,12 @@ class Anthropic:
         self._claimed: set[str] = set()  # crashes that a conversation is mending now
         self._lock = threading.Lock()
 
-    def reserve(self, state: State, branch: str) -> Usage | None:
-        want = money.proposal(self._settings)
-        return money.room(state, branch, want, self._settings.caps, self._caps)
+    def reserve(self, state: State, branch: str) -> Usage:
+        return money.proposal(self._settings)
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
-        if context.reserve is None:
-            return Unavailable("the cap on dollars or tokens leaves no room for a proposal")
+        if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
+            return Unavailable(reason, money.until(self._settings))
         with self._repairing(state, branch, context) as fix:
             talk = _Conversation(self._model, self._settings, state, branch, context, fix)
             try:
@@ -157,7 +156,7 @@ class _Conversation:
         """Caps count what was reserved: no proposal may cost more than that."""
         size = len(str(request).encode())
         most = money.bound(self._model.price, size, self._settings.max_tokens)
-        reserve = self._context.reserve or Usage()
+        reserve = money.proposal(self._settings)
         total = add_usage(self.spent, most)
         if total.dollars > reserve.dollars or money.tokens(total) > money.tokens(reserve):
             raise Stopped("the conversation used up what was set aside for it", _soon())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agent.researcher import after
 from jobs.errors import UserError
-from jobs.history import add_usage
 from jobs.model import Usage
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PRICES: Mapping[str, Price] = {
     "claude-haiku-5-5": Price(0.1, 0.5, 0.2, 0.01),  # up to 100,000 tokens of input
 }
 CONTEXT_TOKENS = 100_000  # the largest request that a proposal may grow to
+AT_CAP_S = 60.0
 PROPOSAL_TOKENS = 1_000_000  # all replies of one proposal together
 
 
@@ -102,18 +103,22 @@ def proposal(settings: Any) -> Usage:
     return Usage(cache_read_tokens=PROPOSAL_TOKENS, dollars=2 * most.dollars)
 
 
-def fits(spent: Usage, more: Usage, caps: Any) -> bool:
-    """Whether `more` still fits under `caps` (dollars, tokens; None: no cap)."""
-    total = add_usage(spent, more)
-    return (caps.dollars is None or total.dollars <= caps.dollars) and (
-        caps.tokens is None or tokens(total) <= caps.tokens
-    )
+def over_cap(state: State, branch: str, own: Any, campaign: Any) -> str | None:
+    """In words, which cap the money spent and in flight exceeds: the branch's or the campaign's.
+
+    Args:
+        own, campaign: caps with dollars and tokens, None for no cap; `campaign` may be None.
+    """
+    for caps, spent in ((own, state.committed(branch)), (campaign, state.committed())):
+        if caps is None:
+            continue
+        if caps.dollars is not None and spent.dollars > caps.dollars:
+            return f"the cap of {caps.dollars:g} dollars leaves no room for a proposal"
+        if caps.tokens is not None and tokens(spent) > caps.tokens:
+            return f"the cap of {caps.tokens:,} tokens leaves no room for a proposal"
+    return None
 
 
-def room(state: State, branch: str, want: Usage, own: Any, campaign: Any) -> Usage | None:
-    """`want` if the branch's `own` caps and the campaign's leave room for it, in flight counted."""
-    if not fits(state.committed(branch), want, own):
-        return None
-    if campaign is not None and not fits(state.committed(), want, campaign):
-        return None
-    return want
+def until(settings: Any) -> str | None:
+    """When to ask again at a cap: never, or in case that what is in flight costs less."""
+    return None if settings.at_cap == "end" else after(AT_CAP_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,8 +68,7 @@ class Context:
     seed: int  # of the campaign's search (never of a run)
     number: int  # how many proposals this branch has had, this one not counted
     metric: str = "val_bpb"
-    direction: str = "minimise"  # or "maximise"
-    reserve: Usage | None = None  # what Researcher.reserve gave for this proposal
+    direction: str = "lower"  # "lower" or "higher" is better
     readable: Mapping[str, str] = field(
         default_factory=dict
     )  # read-only files, e.g. trainer/prepare.py
@@ -89,15 +88,17 @@ class Researcher(Protocol):
     Never raises for trouble of its own (no network, no money, broken reply): that is Unavailable.
     """
 
-    def reserve(self, state: State, branch: str) -> Usage | None:
-        """What the next proposal may cost at most; None: the caps leave no room for it.
+    def reserve(self, state: State, branch: str) -> Usage:
+        """What one proposal may cost at most; `propose` spends no more.
 
-        Pure. The controller records it with the request (so that caps count what is in flight,
-        also after a kill) and hands it back in the Context. `propose` spends no more than that.
+        The controller records it with the request before it calls `propose`, so that caps count
+        what is in flight, and books it where a proposal died with the controller.
         """
         ...
 
-    def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable: ...
+    def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
+        """One proposal. `state` has this proposal's own request in it already."""
+        ...
 
 
 def after(seconds: float) -> str:
@@ -109,8 +110,7 @@ def after(seconds: float) -> str:
 def researcher(settings: Any, campaign_caps: Any = None) -> Researcher:
     """The researcher that `settings` (the agent settings of one branch) describe.
 
-    Those that can fail for want of network or money come with the sweep behind them. Imports are
-    lazy: `autoresearch --help` must not pay for Optuna or the SDK.
+    Imports are lazy: `autoresearch --help` must not pay for Optuna or the SDK.
 
     Args:
         campaign_caps: dollars and tokens (`Caps`) for all branches together.
@@ -122,53 +122,14 @@ def researcher(settings: Any, campaign_caps: Any = None) -> Researcher:
         from agent.scripted import Scripted
 
         return Scripted(settings)
-    from agent.sweep import Sweep
-
-    sweep = Sweep(settings)
     if settings.kind == "anthropic":
         from agent.conversation import Anthropic
 
-        return Fallback(Anthropic(settings, campaign_caps), sweep, settings.at_cap)
+        return Anthropic(settings, campaign_caps)
     if settings.kind == "command":
         from agent.command import Command
 
-        return Fallback(Command(settings, campaign_caps), sweep, settings.at_cap)
-    return sweep
+        return Command(settings, campaign_caps)
+    from agent.sweep import Sweep
 
-
-class Fallback:
-    """Asks `first`; while that is unavailable, `second` keeps the slots busy."""
-
-    def __init__(self, first: Researcher, second: Researcher, at_cap: str = "fallback") -> None:
-        self._first, self._second, self._at_cap = first, second, at_cap
-        self._not_before = ""  # UTC; `first` is not asked again until then
-        self.why = ""  # in words, while `second` stands in
-
-    def reserve(self, state: State, branch: str) -> Usage | None:
-        if self._not_before > after(0):
-            return Usage()  # nothing will be spent
-        want = self._first.reserve(state, branch)
-        return Usage() if want is None and self._at_cap == "fallback" else want
-
-    def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
-        if context.reserve is None:
-            return Unavailable("the cap on dollars or tokens is reached (agent.at_cap: end)")
-        spent = Usage()
-        if context.reserve == Usage():
-            self.why = self.why or "the cap on dollars or tokens leaves no room for a proposal"
-        else:
-            found = self._first.propose(state, branch, context)
-            if isinstance(found, Proposal):
-                self.why = self._not_before = ""
-                return found
-            spent, self.why = found.usage, found.reason
-            self._not_before = found.until or ""
-            if context.stop.is_set():
-                return found
-            context.report(spent, f"the sweep stands in: {found.reason}")
-        return _add_usage(self._second.propose(state, branch, context), spent)
-
-
-def _add_usage(found: Proposal | Unavailable, spent: Usage) -> Proposal | Unavailable:
-    """What `first` spent in vain is booked with what `second` found."""
-    return replace(found, usage=spent) if spent != Usage() else found
+    return Sweep(settings)

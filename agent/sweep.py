@@ -181,7 +181,7 @@ class Sweep:
     ) -> optuna.Study:
         study = optuna.create_study(
             sampler=_sampler(self._sampler, _seed(context.seed, context.number)),
-            direction="minimize" if context.direction == "minimise" else "maximize",
+            direction="minimize" if context.direction == "lower" else "maximize",
         )
         for trial in remembered(view.trials(state, branch), context.direction):
             vector = self._vector_of(trial.id, context)
@@ -232,7 +232,7 @@ def remembered(trials: Iterable[view.Trial], direction: str) -> list[view.Trial]
     every = list(trials)
     if len(every) <= REMEMBERED:
         return every
-    sign = 1 if direction == "minimise" else -1
+    sign = 1 if direction == "lower" else -1
     scored = [trial for trial in every if trial.metric is not None]
     best = sorted(scored, key=lambda trial: sign * (trial.metric or 0.0))[: REMEMBERED // 3]
     kept = {trial.id for trial in best} | {trial.id for trial in every[-REMEMBERED * 2 // 3 :]}

@@ -162,7 +162,6 @@ class Tale:
             "records": self.shelf,
             "stop": self.stop,
             "report": lambda usage, doing: self.reports.append((usage, doing)),
-            "reserve": Usage(cache_read_tokens=10**9, dollars=1000.0),
         }
         return Context(**{**facts, **changes})
 

@@ -15,8 +15,9 @@ from tale import PATH, Tale, settings
 
 from agent import keys, money
 from agent.api import Model
+from agent.command import Command
 from agent.conversation import Anthropic
-from agent.researcher import Fallback, after, researcher
+from agent.researcher import after, researcher
 from agent.scripted import Scripted
 from agent.sweep import Sweep
 from jobs.errors import UserError
@@ -30,16 +31,14 @@ def longer(request: dict[str, Any]) -> Reply:
     return Reply((submit("longer"),))
 
 
-def backed(server: Server, patience: float = 0.3, at_cap: str = "fallback", **changes: Any):
-    """The model with the sweep behind it, at a test's pace."""
+def model(server: Server, patience: float = 0.3, campaign: Any = None, **changes: Any) -> Anthropic:
+    """The model's researcher, at a test's pace."""
     given = settings(base_url=server.url, outage_patience=patience, **changes)
-    return Fallback(Anthropic(given, None, Model(given, 0.5, 0.05)), Sweep(given), at_cap)
+    return Anthropic(given, campaign, Model(given, 0.5, 0.05))
 
 
 def ask(asked: Any, tale: Tale, branch: str = "main") -> Proposal | Unavailable:
-    """As the controller asks."""
-    reserve = asked.reserve(tale.state, branch)
-    return asked.propose(tale.state, branch, tale.context(branch, reserve=reserve))
+    return asked.propose(tale.state, branch, tale.context(branch))
 
 
 def test_the_factory_makes_each_kind(tmp_path):
@@ -47,8 +46,8 @@ def test_the_factory_makes_each_kind(tmp_path):
     path.write_text("[]")
     assert isinstance(researcher(settings(kind="sweep")), Sweep)
     assert isinstance(researcher(settings(kind="scripted", script=str(path))), Scripted)
-    assert isinstance(researcher(settings(kind="anthropic")), Fallback)
-    assert isinstance(researcher(settings(kind="command", argv=("true",))), Fallback)
+    assert isinstance(researcher(settings(kind="anthropic")), Anthropic)
+    assert isinstance(researcher(settings(kind="command", argv=("true",))), Command)
     with pytest.raises(UserError, match="not on PATH"):
         researcher(settings(kind="command", argv=("no-such-program",)))
     with pytest.raises(UserError, match=r"agent\.prices"):
@@ -63,25 +62,18 @@ def test_the_protocol_costs_no_heavy_import():
 
 
 @pytest.mark.parametrize("fault", ["529", "429-absurd", "reset", "hang"])
-def test_in_an_outage_the_sweep_stands_in_within_the_patience_and_the_model_returns(fault):
+def test_an_outage_is_told_within_the_patience_and_the_model_returns(fault):
     tale, broken = Tale(), True
     with Server(longer, lambda call: fault if broken else None) as server:
-        asked = backed(server)
+        asked = model(server)
         began = time.monotonic()
         found = ask(asked, tale)
         assert time.monotonic() - began < 2.5
-        assert isinstance(found, Proposal)
-        assert found.researcher == "sweep"
-        calls = len(server.calls)
-        assert asked.why
-        tale.accept(found, 1.7, "discard")
-        assert ask(asked, tale).researcher == "sweep"  # at once: the model is not asked
-        assert len(server.calls) == calls
+        assert isinstance(found, Unavailable)
+        assert after(60) < found.until < after(4000)
+        assert found.usage.dollars >= server.dollars
         broken = False
-        asked._not_before = after(-1)  # the time has come
-        back = ask(asked, tale)
-    assert back.description == "longer"
-    assert asked.why == ""
+        assert ask(asked, tale).description == "longer"
 
 
 @pytest.mark.parametrize(
@@ -94,92 +86,108 @@ def test_in_an_outage_the_sweep_stands_in_within_the_patience_and_the_model_retu
     ],
 )
 def test_what_a_person_must_end_stops_at_once_in_words(fault, words):
-    tale = Tale()
     with Server(longer, lambda call: fault) as server:
-        asked = backed(server, patience=600.0)
         began = time.monotonic()
-        found = ask(asked, tale)
+        found = ask(model(server, patience=600.0), Tale())
     assert time.monotonic() - began < 2.0
     assert len(server.calls) == 1
-    assert found.researcher == "sweep"
-    assert words in asked.why
-    assert any(words in doing for _, doing in tale.reports)
+    assert isinstance(found, Unavailable)
+    assert words in found.reason
+    assert found.until > after(300)
+    assert found.usage == Usage()
 
 
 def test_an_outage_that_lasts_costs_the_patience_once():
     tale = Tale()
     with Server(longer, lambda call: "529") as server:
-        asked = backed(server, patience=0.5)
+        asked = model(server, patience=0.5)
         ask(asked, tale)
         calls = len(server.calls)
         time.sleep(0.5)
-        asked._not_before = after(-1)
         began = time.monotonic()
         ask(asked, tale)
-        assert len(server.calls) == calls + 1  # one look, then the sweep again
+        assert len(server.calls) == calls + 1  # one look
     assert time.monotonic() - began < 1.0
 
 
-def test_money_spent_in_vain_is_booked_with_what_stood_in():
+def test_a_wait_is_reported_before_it_begins():
     tale = Tale()
-    with Server(longer, lambda call: "clean-drop" if call < 9 else None) as server:
-        found = ask(backed(server, patience=0.0), tale)
-    assert found.researcher == "sweep"
-    assert found.usage.dollars >= server.dollars > 0
-    assert found.usage.estimated
+    with Server(longer, lambda call: "529" if call == 0 else None) as server:
+        ask(model(server, patience=20.0), tale)
+    waits = [doing for _, doing in tale.reports if doing]
+    assert len(waits) == 1
+    assert waits[0].startswith("waiting 0 s: the API is not available (529")
 
 
-def test_no_key_is_told_and_the_sweep_stands_in(monkeypatch):
+def test_no_key_is_told_without_a_call(monkeypatch):
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     with Server(longer) as server:
-        asked = backed(server)
-        assert ask(asked, Tale()).researcher == "sweep"
-    assert "no API key" in asked.why
-
-
-def test_at_the_cap_the_sweep_goes_on_or_the_branch_ends():
-    caps = SimpleNamespace(dollars=0.5, tokens=None)
-    with Server(longer) as server:
-        assert ask(backed(server, caps=caps), Tale()).researcher == "sweep"
-        end = ask(backed(server, at_cap="end", caps=caps), Tale())
-        assert isinstance(end, Unavailable)
-        assert end.until is None
-        assert "cap" in end.reason
+        found = ask(model(server), Tale())
         assert server.calls == []
+    assert "no API key" in found.reason
+
+
+def test_a_key_that_was_replaced_is_read_at_the_next_proposal(tmp_path):
+    path = tmp_path / "key"
+    path.write_text("sk-ant-old-one")
+    path.chmod(0o600)
+    tale = Tale()
+    with Server(longer, lambda call: "401" if call == 0 else None) as server:
+        asked = model(server, key_file=str(path))
+        assert "[key]" in ask(asked, tale).reason
+        path.write_text("sk-ant-new-one")
+        assert isinstance(ask(asked, tale), Proposal)
+    assert "sk-ant-new-one" in str(server.calls[-1].headers)
+
+
+def test_at_the_cap_it_ends_or_is_asked_again_as_configured():
+    caps = SimpleNamespace(dollars=0.5, tokens=None)
+    tale = Tale()
+    tale.put("proposal_requested", proposal="p", branch="main", reserve={"dollars": 0.6})
+    with Server(longer) as server:
+        again = ask(model(server, caps=caps), tale)
+        end = ask(model(server, caps=caps, at_cap="end"), tale)
+        assert server.calls == []
+    assert "0.5 dollars leaves no room" in again.reason
+    assert again.until is not None
+    assert end.until is None
 
 
 def test_caps_hold_with_eight_branches_in_flight():
     branches = tuple(f"b{n}" for n in range(8))
     tale, cap = Tale(branches), 7.0
-    campaign = SimpleNamespace(dollars=cap, tokens=None)
+    spent, refused = {"usage": to_json(Usage(dollars=0.7))}, 0
     with Server(longer) as server:
-        given = settings(base_url=server.url)
-        asked = Anthropic(given, campaign, Model(given, 0.5, 0.05))
-        for number in range(40):
-            reserves = dict.fromkeys(branches)
+        asked = model(server, campaign=SimpleNamespace(dollars=cap, tokens=None))
+        most = asked.reserve(tale.state, "b0").dollars
+        for _ in range(20):
+            going = []
             for branch in branches:
-                reserves[branch] = asked.reserve(tale.state, branch)
-                if reserves[branch]:
-                    request = {"proposal": f"{branch}-{number}", "branch": branch}
-                    reserve = to_json(reserves[branch])
-                    tale.put("proposal_requested", **request, reserve=reserve)
+                reserve = to_json(asked.reserve(tale.state, branch))
+                tale.put("proposal_requested", proposal=branch, branch=branch, reserve=reserve)
+                found = money.over_cap(tale.state, branch, settings().caps, asked._caps)
+                refused += bool(found)
+                if found:
+                    assert isinstance(ask(asked, tale, branch), Unavailable)
+                    tale.put("proposal_failed", proposal=branch, unavailable={})
+                else:
+                    going.append(branch)
             assert tale.state.committed().dollars <= cap
-            for branch in (branch for branch in branches if reserves[branch]):
-                spent = {"usage": to_json(Usage(dollars=reserves[branch].dollars / 4))}
-                request = {"proposal": f"{branch}-{number}"}
-                tale.put("proposal_failed", **request, unavailable=spent)
-    assert cap - money.proposal(given).dollars <= tale.state.spent.dollars <= cap
+            for branch in going:
+                tale.put("proposal_failed", proposal=branch, unavailable=spent)
+        assert server.calls == []
+    assert refused
+    assert cap - most <= tale.state.spent.dollars <= cap
 
 
 def test_caps_of_a_branch_and_in_tokens_hold_too():
     tale = Tale(("a", "b"))
-    request = {"proposal": "p", "branch": "a", "reserve": to_json(Usage(output_tokens=10**6))}
-    tale.put("proposal_requested", **request)
-    asked = Anthropic(settings(caps=SimpleNamespace(dollars=None, tokens=1_500_000)))
-    assert asked.reserve(tale.state, "a") is None
-    assert asked.reserve(tale.state, "b") is not None
-    both = Anthropic(settings(), SimpleNamespace(dollars=None, tokens=1_500_000))
-    assert both.reserve(tale.state, "b") is None
+    reserve = to_json(Usage(output_tokens=10**6))
+    tale.put("proposal_requested", proposal="p", branch="a", reserve=reserve)
+    caps, none = SimpleNamespace(dollars=None, tokens=999_999), settings().caps
+    assert "999,999 tokens" in money.over_cap(tale.state, "a", caps, None)
+    assert money.over_cap(tale.state, "b", caps, None) is None
+    assert "999,999 tokens" in money.over_cap(tale.state, "b", none, caps)
 
 
 def test_prices_can_be_configured_and_names_of_clouds_are_understood():

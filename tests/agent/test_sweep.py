@@ -174,7 +174,7 @@ def test_every_constant_has_its_turn():
 
 def test_a_long_history_costs_no_more_than_its_best_and_newest():
     trials = [sweep.view.Trial(f"e{n}", random.random(), False) for n in range(5000)]
-    kept = sweep.remembered(trials, "minimise")
+    kept = sweep.remembered(trials, "lower")
     assert len(kept) <= sweep.REMEMBERED
     assert trials[-1] in kept
     assert min(trials, key=lambda trial: trial.metric) in kept
