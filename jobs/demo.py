@@ -123,7 +123,7 @@ def _settle(folder: Path, detuned: bool, experiments: int) -> None:
         path = folder / lab.PROGRAM
         path.write_text(worsened(path.read_text()))
         lab.commit(folder, "Two constants made three times worse")
-        (folder / "nothing.yaml").write_text("[]\n")
+        (folder / "nothing.yaml").write_text("[]\n")  # the reference is only measured
         settings["limits"] = {"experiments": experiments + 2}
         settings["branches"] = {
             "main": {},
@@ -133,6 +133,7 @@ def _settle(folder: Path, detuned: bool, experiments: int) -> None:
             },
         }
     (folder / "campaign.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    lab.commit(folder, "Settings of the demonstration")
 
 
 def worsened(train_py: str) -> str:
