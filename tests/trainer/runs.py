@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import tempfile
 import textwrap
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +91,10 @@ class Started:
         """Living processes of the program whose command line holds `word`."""
         found = []
         for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self.marker.encode() in (entry / "environ").read_bytes():
-                    if word.encode() in (entry / "cmdline").read_bytes():
-                        found.append(int(entry.name))
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                marked = self.marker.encode() in (entry / "environ").read_bytes()
+                if marked and word.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
         return found
 
     def wait_for(self, what, limit: float = 20.0):
@@ -127,10 +127,13 @@ KNOWN_FILES |= {"score.json", "model.safetensors", "cache", "result.json"}
 KNOWN_FILES |= {"scorer.log", "scorer.out"}
 
 
-def start(folder: Path, program: str, user: int | None = None, **task) -> Started:
+def start(
+    folder: Path, program: str, user: int | None = None, through: Sequence[str] = (), **task
+) -> Started:
     """Write a program and its task below `folder`, and start a wrapper on it.
 
     `program` follows UNIFORM's definitions. `user`: run all of it as that user (needs root).
+    `through`: what stands in front of the wrapper's command.
     """
     marker = f"test-{uuid.uuid4().hex}"
     place, run_dir = folder / "program", folder / "run"
@@ -154,7 +157,7 @@ def start(folder: Path, program: str, user: int | None = None, **task) -> Starte
         for path in (folder, place, run_dir):
             os.chown(path, user, user)
         argv = as_user(user, argv)
-    process = subprocess.Popen(argv, cwd=REPO, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*through, *argv], cwd=REPO, stdout=subprocess.DEVNULL)
     return Started(process, run_dir, marker)
 
 
@@ -170,7 +173,7 @@ def as_user(user: int, argv: list[str]) -> list[str]:
     namespace of its own, a home that holds nothing else takes its place."""
     become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     base = Path(sys.base_prefix)
-    closed = [p for p in reversed(base.parents) if not p.stat().st_mode & 0o005 == 0o005]
+    closed = [p for p in reversed(base.parents) if p.stat().st_mode & 0o005 != 0o005]
     if not closed:
         return [*become, *argv]
     script = (

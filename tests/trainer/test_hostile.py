@@ -10,14 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-
 import runs
 from runs import HONEST, run, start
 
-root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-AS_BOTH = pytest.mark.parametrize(
-    "user", [None, pytest.param(runs.USER, marks=root_only)], ids=["self", "user"]
-)
+# Root also runs as an ordinary user; an ordinary user already is one.
+AS_BOTH = pytest.mark.parametrize("user", [None, runs.USER] if os.getuid() == 0 else [None])
 WITH_AND_WITHOUT = pytest.mark.parametrize("isolation", ["namespaces", "none"])
 
 
@@ -112,11 +109,15 @@ def test_ten_gigabytes_of_log_are_invalid_and_the_log_keeps_head_and_tail(folder
     assert len(result["log"]) < 2 * 2**20
 
 
-@WITH_AND_WITHOUT
-@pytest.mark.parametrize("where", ["os.environ['AUTORESEARCH_SCRATCH']", "'/tmp'"])
+@pytest.mark.parametrize(
+    ("where", "isolation"),
+    [
+        ("os.environ['AUTORESEARCH_SCRATCH']", "namespaces"),
+        ("os.environ['AUTORESEARCH_SCRATCH']", "none"),
+        ("'/tmp'", "namespaces"),
+    ],
+)
 def test_a_filled_disk_is_invalid(folder, where, isolation):
-    if where == "'/tmp'" and isolation == "none":
-        pytest.skip("without walls, nothing outside the run folder is promised")
     program = f"""
         import os
         for i in range(10_000):
@@ -129,7 +130,7 @@ def test_a_filled_disk_is_invalid(folder, where, isolation):
 
 
 def test_one_huge_file_is_invalid_even_if_the_program_ends_first(folder):
-    program = "open(session.folder.parent / 'scratch/big', 'wb').write(b'x' * 2**27)"
+    program = "import os\nos.chdir(os.environ['HOME'])\nopen('big', 'wb').write(b'x' * 2**27)"
     result = run(folder, program)
     assert result["status"] == "invalid"
 
@@ -252,10 +253,10 @@ def test_a_printed_score_counts_for_nothing(folder):
 @WITH_AND_WITHOUT
 def test_a_forged_result_counts_for_nothing(folder, isolation):
     program = """
-        import json, os, pathlib
+        import json, os, pathlib, tempfile
         forged = json.dumps({'status': 'ok', 'value': 0.1, 'val_bpb': 0.1, 'state': 'scored'})
         scratch = pathlib.Path(os.environ['AUTORESEARCH_SCRATCH'])
-        for place in ('.', '/tmp', scratch, scratch.parent, session.folder):
+        for place in (tempfile.gettempdir(), scratch, scratch.parent, session.folder):
             for name in ('result.json', 'score.json'):
                 try: pathlib.Path(place, name).write_text(forged)
                 except OSError: pass
@@ -286,7 +287,7 @@ def test_cutting_the_shared_file_under_its_own_map_harms_only_the_program(folder
 
 
 def test_a_grown_shared_file_is_invalid(folder):
-    result = run(folder, "import os\nos.truncate(session.folder / 'ring', 2**36)\ntrain()")
+    result = run(folder, "import os\nos.truncate(session.folder / 'ring', 2**25)\ntrain()")
     assert result["status"] == "invalid"
 
 

@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -167,7 +166,6 @@ class Session:
                 self._own_referee.wait(5)
             except subprocess.TimeoutExpired:
                 self._own_referee.kill()
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return _exchange(self._connection, message)

@@ -123,13 +123,13 @@ class Clock:
         end = now if self.closed is None else min(now, self.closed)
         reached = self.started if self.started is not None else self.scored
         return {
-            "startup_s": None if reached is None else round(reached - self.begun, 6),
-            "charged_s": round(self.charged(end), 6),
-            "training_s": None if self.started is None else round(end - self.started, 6),
-            "overrun_s": None if self.scored is None else round(self.overrun(self.scored), 6),
+            "startup_seconds": None if reached is None else round(reached - self.begun, 6),
+            "charged_seconds": round(self.charged(end), 6),
+            "training_seconds": None if self.started is None else round(end - self.started, 6),
+            "overrun_seconds": None if self.scored is None else round(self.overrun(self.scored), 6),
             "closed_by": self.closed_by,
+            "tokens": self.trained,
             "tokens_served": self.served,
-            "tokens_trained": self.trained,
         }
 
     def _closing(self) -> float:

@@ -96,7 +96,8 @@ def build_root(mounts):
     call("syscall", SYS_PIVOT_ROOT, ".", ".")  # puts the old root over the new one
     call("umount2", ".", MNT_DETACH)
     os.chdir("/")
-    restrict("/", MS_RDONLY, recursive=False)
+    for path in ("/", "/dev"):
+        restrict(path, MS_RDONLY, recursive=False)
 
 
 def put(outside, source, destination, kind):
@@ -199,6 +200,7 @@ def run_walled(plan, report):
             os._exit(1)
         report(reap_until(start_program(plan, report)))
         os._exit(0)
+
     # An init is reaped only when all of its namespace is: whoever waits for this process knows.
     def end(*_):
         with contextlib.suppress(ProcessLookupError):

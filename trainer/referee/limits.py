@@ -108,7 +108,7 @@ class Watch:
         if size >= limit * 2**20:
             return Breach("scratch", f"{size >> 20} MiB written to disk, the limit is {limit} MiB")
         if files > MAX_FILES:
-            return Breach("scratch", f"{files} files written, the limit is {MAX_FILES}")
+            return Breach("scratch", f"over {MAX_FILES} files, or folders closed or far too deep")
         with contextlib.suppress(OSError):
             if self._ring and os.stat(self._ring).st_size > RING_BYTES:
                 return Breach("scratch", "the shared file was grown by the program")
@@ -136,17 +136,26 @@ def exact_memory_mb(pids: set[int]) -> float:
 
 
 def folder_size(folder: str) -> tuple[int, int]:
-    """(bytes on disk, files) below a folder. Links are not followed; it may change meanwhile."""
+    """(bytes on disk, files) below a folder. Links are not followed; it may change meanwhile.
+
+    A folder that nobody can look into (closed, or deeper than a path is long) could hide anything:
+    it counts as more files than are allowed.
+    """
     size, files, queue = 0, 0, [folder]
     while queue and files <= MAX_FILES:
-        with contextlib.suppress(OSError), os.scandir(queue.pop()) as entries:
-            for entry in entries:
-                files += 1
-                with contextlib.suppress(OSError):
-                    found = entry.stat(follow_symlinks=False)
-                    size += found.st_blocks * 512
-                    if stat.S_ISDIR(found.st_mode):
-                        queue.append(entry.path)
+        try:
+            with os.scandir(queue.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    with contextlib.suppress(FileNotFoundError):
+                        found = entry.stat(follow_symlinks=False)
+                        size += found.st_blocks * 512
+                        if stat.S_ISDIR(found.st_mode):
+                            queue.append(entry.path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return size, MAX_FILES + 1
     return size, files
 
 

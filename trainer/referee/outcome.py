@@ -5,16 +5,15 @@ The statuses are PROTOCOL.md's: ok, crash, timeout, oom, invalid, infrastructure
 
 from __future__ import annotations
 
+import json
 import re
-import signal
 from collections.abc import Mapping
 from typing import Any
 
-from .supervise import Ending
+from .supervise import Ending, signal_name
 
-# Signals that a program earns by itself; any other came from somebody else.
-OWN_FAULT = {"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP", "SIGXFSZ"}
-OWN_FAULT |= {"SIGPIPE", "SIGXCPU", "SIGALRM"}
+# Signals that somebody else sent; any other a program earns by itself.
+FROM_OUTSIDE = {"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"}
 OUT_OF_MEMORY = re.compile(
     r"^(torch\.(cuda\.)?OutOfMemoryError|MemoryError|numpy\.\S*MemoryError"
     r"|RuntimeError: .*(CUDA|HIP|MPS|out of memory).*(out of memory|failed to allocate)"
@@ -35,7 +34,7 @@ def of_training(
     ending: Ending,
     account: Mapping[str, Any] | None,
     referee_died: str | None,
-    contained: bool,
+    began: bool,
     memory_limit_mb: int | None,
     wall_limit_s: float,
 ) -> tuple[str, str]:
@@ -44,7 +43,7 @@ def of_training(
     Args:
         account: the referee's score.json, None where it left none.
         referee_died: in words, when it ended before it was told to.
-        contained: the program ran in a container, whose own failure is status 255.
+        began: the program itself ran, as far as is known; a container that fails ends with 255.
     """
     state = account["state"] if account else None
     if ending.breach:
@@ -57,7 +56,7 @@ def of_training(
         return ACCOUNT_STATES[state], account["reason"]
     if referee_died:
         return "infrastructure", referee_died
-    if contained and ending.code == APPTAINER_FAILED and never_connected(account):
+    if ending.code == APPTAINER_FAILED and not began:
         return "infrastructure", f"the container did not start: {last_line(ending.tail)}"
     if ending.timed_out:
         return "timeout", f"it never asked to be scored within {wall_limit_s:g} s"
@@ -82,15 +81,15 @@ def of_command(ending: Ending, memory_limit_mb: int | None) -> tuple[str, str]:
         return "timeout", "it did not end within its time limit"
     if ending.code == 0:
         return "ok", "ended with status 0"
-    # A shell reports the signal that its child died of as 128 + its number.
-    number = ending.signal or (ending.code - 128 if (ending.code or 0) > 128 else None)
-    name = signal_name(number)
+    name = ending.signal
+    if ending.code is not None and ending.code > 128:
+        name = signal_name(ending.code - 128)  # as a shell reports what its child died of
     evidence = memory_evidence(ending, memory_limit_mb, killed=name == "SIGKILL")
     if evidence:
         return "oom", f"out of memory: {evidence}"
-    if name and name not in OWN_FAULT:
+    if name in FROM_OUTSIDE:
         return "infrastructure", f"the program was killed from outside by {name}"
-    if name:
+    if ending.signal:
         return "crash", f"the program died of {name}: {last_line(ending.tail)}"
     return "crash", f"exit status {ending.code}: {last_line(ending.tail)}"
 
@@ -110,8 +109,9 @@ def memory_evidence(ending: Ending, limit_mb: int | None, killed: bool) -> str |
         return None
     if ending.oom_killed:
         return "the kernel killed for memory in this run's cgroup"
-    if limit_mb is not None and ending.peak_mb >= 0.9 * limit_mb:
-        return f"killed at {ending.peak_mb:.0f} MiB, the limit is {limit_mb} MiB"
+    peak = ending.usage.get("peak_memory_mb", 0)
+    if limit_mb is not None and peak >= 0.9 * limit_mb:
+        return f"killed at {peak:.0f} MiB, the limit is {limit_mb} MiB"
     return None
 
 
@@ -120,20 +120,19 @@ def after_the_score(ending: Ending) -> str:
     if ending.timed_out or ending.stopped:
         return f"; afterwards it was ended: {ending.stopped or 'its time was over'}"
     if ending.signal:
-        return f"; afterwards it died of {signal_name(ending.signal)}"
+        return f"; afterwards it died of {ending.signal}"
     return f"; afterwards exit status {ending.code}" if ending.code else ""
 
 
-def never_connected(account: Mapping[str, Any] | None) -> bool:
-    return account is None or account["reason"] == "the program never connected"
-
-
-def signal_name(number: int | None) -> str | None:
-    """ "SIGKILL" for 9; None for no signal."""
+def scored_value(line: str, metric: str) -> float:
+    """The number under `metric` in a scorer's last line. Raises ValueError, in words."""
     try:
-        return signal.Signals(number).name if number else None
-    except ValueError:
-        return None
+        value = json.loads(line)[metric]
+        if type(value) in (int, float) and abs(value) < 1e300:
+            return float(value)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"its last line gives no finite number for {metric}: {line:.150}")
 
 
 def last_line(text: str) -> str:

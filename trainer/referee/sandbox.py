@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,8 +66,8 @@ def environment(
         "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
         "AUTORESEARCH_SCRATCH": scratch,
     }
-    if "shared" in view.inside:
-        chosen["AUTORESEARCH_REFEREE"] = view.inside["shared"]
+    names = {"shared": "REFEREE", "program": "PROGRAM", "output": "OUTPUT"}
+    chosen |= {f"AUTORESEARCH_{n}": view.inside[r] for r, n in names.items() if r in view.inside}
     if threads is not None:
         chosen |= dict.fromkeys(THREADS, str(threads))
     if device is not None:
@@ -166,19 +165,18 @@ def exists(path: str) -> bool:
 def contained(prefix: Sequence[str], view: View, env: Mapping[str, str]) -> list[str]:
     """A container's command line from its template, to stand before the command that runs inside.
 
-    "{shared}", "{scratch}", "{program}", "{data}" and "{private}" become paths on the host; inside,
-    they must appear as INSIDE says. An element that names a role this side does not have is left
-    out. An element "{env}" becomes one "NAME=VALUE" for each variable: it stands behind env(1),
-    inside, for apptainer's --env lets a shell evaluate the values and refuses HOME.
+    "{shared}", "{scratch}" and so on become paths on the host, which must appear inside as INSIDE
+    says; an element that names a role this side does not have is left out. The element "{env}"
+    becomes NAME=VALUE words, as env(1) takes them: no container passes the environment on.
     """
     argv: list[str] = []
     for element in prefix:
         if element == "{env}":
-            argv += [f"{name}={env[name]}" for name in env]
+            argv += [f"{name}={value}" for name, value in env.items()]
             continue
         for role, path in view.outside.items():
             element = element.replace("{" + role + "}", path)
-        if not re.search(r"\{\w+\}", element):
+        if not any("{" + role + "}" in element for role in ROLES):
             argv.append(element)
     return argv
 

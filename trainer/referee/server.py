@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import shutil
 import signal
 import socket
@@ -129,11 +128,17 @@ class Referee:
             "protocol": protocol.VERSION,
             "state": "unscored",
             "reason": "the program never connected",
+            "scale": self._scale["name"],
+            "budget": {"kind": self.clock.terms.kind, "amount": self.clock.terms.amount},
+            "val_bpb": None,
+            "batches": 0,
+            "serving_seconds": 0.0,
+            "waiting_seconds": None,  # as the program tells it
+            "scoring_seconds": None,
+            "refusals": [],
+            "reported": {},  # the last value of each name that the program logged
+            "metrics_not_stored": 0,
         }
-        self._numbers: dict[str, Any] = {"batches": 0, "serving_s": 0.0, "waiting_s": None}
-        self._refusals: list[str] = []
-        self._reported: dict[str, Any] = {}
-        self._lost_metrics = 0
 
     def serve(self, connection: socket.socket) -> None:
         """Answer until the program leaves, breaks the protocol or exceeds the scoring limit."""
@@ -147,7 +152,7 @@ class Referee:
                 start = time.perf_counter()
                 protocol.send(connection, self._answer(message))
                 if message["type"] == "next":
-                    self._numbers["serving_s"] += time.perf_counter() - start
+                    self._account["serving_seconds"] += time.perf_counter() - start
                 self._finish()
             self._ring.check()
         except (Garbage, RecursionError) as error:
@@ -162,20 +167,11 @@ class Referee:
 
     def write_account(self) -> None:
         """Write score.json, whole or not at all. Repeated: the last one holds."""
-        now = time.monotonic()
         account = {
             **self._account,
-            "scale": self._scale["name"],
-            "seed": self._seed,
-            "budget": {"kind": self.clock.terms.kind, "amount": self.clock.terms.amount},
-            **self.clock.report(now),
-            **self._numbers,
+            **self.clock.report(time.monotonic()),
             "epoch": self._feed.epoch,
-            "refusals": self._refusals,
-            "reported": self._reported,
-            "metrics_not_stored": self._lost_metrics,
-            "cpu_s": round(time.process_time(), 4),
-            "memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "referee_cpu_seconds": round(time.process_time(), 4),
         }
         draft = self._private / ".score.json"
         draft.write_text(json.dumps(account, indent=1, allow_nan=False) + "\n")
@@ -222,8 +218,8 @@ class Referee:
                 raise Refused(f"the message {kind!r:.40} is {known} in protocol 1")
             return handler(message)
         except Refused as refusal:
-            if len(self._refusals) < 20:
-                self._refusals.append(str(refusal))
+            if len(self._account["refusals"]) < 20:
+                self._account["refusals"].append(str(refusal))
             return {"type": "refused", "reason": str(refusal)}
 
     def on_next(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +232,7 @@ class Referee:
             raise Refused(f"a batch of {tokens} tokens is over the budget of {granted.amount:g}")
         if self.clock.hand_out(now, tokens):
             offset, epoch = self._feed.fresh(count, length)
-            self._numbers["batches"] += 1
+            self._account["batches"] += 1
             self._after = lambda: self._feed.prepare(count, length)
         else:
             offset, epoch = self._feed.repeat(count, length)
@@ -254,12 +250,13 @@ class Referee:
     def on_log(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Telemetry: stored up to a size, then only counted. The last values go into score.json."""
         metrics = protocol.check_metrics(message.get("metrics"))
-        if len(self._reported.keys() | metrics.keys()) <= protocol.MAX_LOG_KEYS:
-            self._reported.update(metrics)
+        reported = self._account["reported"]
+        if len(reported.keys() | metrics.keys()) <= protocol.MAX_LOG_KEYS:
+            reported.update(metrics)
         now = round(time.monotonic() - self.clock.begun, 3)
         line = json.dumps({**metrics, "seconds": now, "tokens": self.clock.trained}) + "\n"
         if self._telemetry.tell() + len(line) > TELEMETRY_BYTES:
-            self._lost_metrics += 1
+            self._account["metrics_not_stored"] += 1
         else:
             self._telemetry.write(line.encode())
             self._telemetry.flush()
@@ -275,7 +272,7 @@ class Referee:
             )
         length = self._scale["max_seq_len"]
         check_size(batch, length)
-        self._numbers["waiting_s"] = protocol.seconds(message.get("waited_s"))
+        self._account["waiting_seconds"] = protocol.seconds(message.get("waited_s"))
         overrun = self.clock.ask_score(now)
         if self.clock.is_late(now):
             reason = (
@@ -307,12 +304,11 @@ class Referee:
         self._count(index, losses)
         if self._account["state"] == "nonfinite":
             raise Refused(self._account["reason"])
-        self._numbers["scoring_s"] = round(time.monotonic() - self.clock.scored, 6)
         result = self._scoring.result()
-        self._scoring = None
-        self._deadline = None
+        self._scoring = self._deadline = None
         self._end("scored", f"val_bpb {result['val_bpb']:.6f}")
-        self._account.update(result)
+        self._account |= result
+        self._account["scoring_seconds"] = round(time.monotonic() - self.clock.scored, 6)
         self._after = self.write_account
         return {"type": "done", "val_bpb": result["val_bpb"], "rows": result["rows_scored"]}
 
@@ -425,6 +421,8 @@ def main() -> None:
             referee.serve(connection)
     finally:
         referee.write_account()
+        if spec.get("alone"):  # also when the program was killed
+            shutil.rmtree(spec["shared"], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,21 +32,16 @@ STOP_S = 15.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How a command ended. Times in seconds; exactly one of the first seven says why."""
+    """How a command ended: exactly one of the first seven says why."""
 
     code: int | None = None  # its exit status
-    signal: int | None = None  # that it died of
+    signal: str | None = None  # that it died of, by name
     breach: Breach | None = None
     timed_out: bool = False
     stopped: str | None = None  # why the caller's `stop` ended it
     failed: str | None = None  # the walls could not be built; nothing ran
     lost: str | None = None  # the launcher was killed from outside, or the command never started
-    started_s: float | None = None  # from the call to the command's own first instruction
-    total_s: float = 0.0
-    cpu_s: float = 0.0
-    peak_mb: float = 0.0
-    peak_processes: int = 0
-    log_bytes: int = 0
+    usage: Mapping[str, Any] = field(default_factory=dict)  # by the names of result.json
     tail: str = ""  # the last lines it printed
     oom_killed: bool = False  # the kernel killed for memory in this cgroup meanwhile
 
@@ -180,7 +175,7 @@ def supervise(
     facts: dict[str, Any] = {}
     try:
         _await_start(command, begun, facts)
-        if "started_s" in facts:
+        if "exec_seconds" in facts:
             on_start()
             facts |= _follow(command, watch, logs, limits, begun + wall_limit_s, stop)
     finally:
@@ -188,18 +183,21 @@ def supervise(
         _drain(logs)
         tails = [one.close() for one in logs.values()]
         os.close(command.status)
+    exec_seconds = facts.pop("exec_seconds", None)
     if facts.keys() & {"code", "signal"} and (breach := watch.disk()):
-        facts = {"breach": breach, "started_s": facts["started_s"]}
-    return Ending(
-        **facts,
-        total_s=round(time.monotonic() - begun, 6),
-        cpu_s=round(command.cpu_s, 4),
-        peak_mb=round(watch.peak_mb, 1),
-        peak_processes=watch.peak_processes,
-        log_bytes=sum(one.size for one in logs.values()),
-        tail="\n".join(tails),
-        oom_killed=kills is not None and (oom_kills() or 0) > kills,
-    )
+        facts = {"breach": breach}
+    usage = {
+        "exit_code": facts.get("code"),
+        "exit_signal": facts.get("signal"),
+        "exec_seconds": exec_seconds,
+        "program_seconds": round(time.monotonic() - begun, 6),
+        "program_cpu_seconds": round(command.cpu_s, 4),
+        "peak_memory_mb": round(watch.peak_mb, 1),
+        "peak_processes": watch.peak_processes,
+        "log_bytes": sum(one.size for one in logs.values()),
+    }
+    oom_killed = kills is not None and (oom_kills() or 0) > kills
+    return Ending(**facts, usage=usage, tail="\n".join(tails), oom_killed=oom_killed)
 
 
 def _await_start(command: Command, begun: float, facts: dict[str, Any]) -> None:
@@ -209,7 +207,7 @@ def _await_start(command: Command, begun: float, facts: dict[str, Any]) -> None:
         ready.select(START_S)
     heard = command.hear()
     if "started" in heard:
-        facts["started_s"] = round(time.monotonic() - begun, 6)
+        facts["exec_seconds"] = round(time.monotonic() - begun, 6)
     elif "failed" in heard:
         facts["failed"] = heard["failed"]
     elif "missing" in heard:
@@ -261,12 +259,20 @@ def _how(command: Command) -> dict[str, Any] | None:
     if "exit" in heard:
         return {"code": int(heard["exit"])}
     if "signal" in heard:
-        return {"signal": int(heard["signal"])}
+        return {"signal": signal_name(int(heard["signal"]))}
     if not command.ended():  # the descriptor closed a moment before the process went
         time.sleep(0.001)
         if not command.ended():
             return None
     return {"lost": "the program's launcher was killed from outside"}
+
+
+def signal_name(number: int) -> str:
+    """ "SIGKILL" for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _read(pipe: Any, log: Log) -> bool:

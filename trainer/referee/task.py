@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-KINDS = ("nanochat", "general")
-ISOLATIONS = ("auto", "namespaces", "none", "apptainer")
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -39,8 +36,9 @@ class Limits:
 class Scorer:
     """How a general task is scored: files of the campaign's start commit, never the experiment's.
 
-    `command` runs in a copy-free view of `files_dir` and prints, as the last line of its standard
-    output, one JSON object with a finite number under `metric`.
+    `command` runs in `files_dir` and prints, as the last line of its standard output, one JSON
+    object with a finite number under `metric`. $AUTORESEARCH_PROGRAM and $AUTORESEARCH_OUTPUT name
+    the experiment's snapshot and what its command left in its scratch folder.
     """
 
     command: tuple[str, ...]
@@ -136,7 +134,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in typing.get_args(hint):
             raise ValueError(f"{where} must be one of {typing.get_args(hint)}, not {value!r:.80}")
         return value
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
+    if hint is float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{where} must be a finite number, not {value!r:.80}")
         return float(value)
     expected = dict if origin is not None else hint
     if type(value) is not expected:

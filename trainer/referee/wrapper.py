@@ -8,6 +8,7 @@ Call it from the main thread of a process: the kernel ends what it started when 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -24,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from . import folder, limits, outcome, protocol, sandbox
-from .supervise import Ending, supervise
-from .task import Task, load
+from .supervise import Ending, signal_name, supervise
+from .task import Scorer, Task, load
 
-AFTER_SCORE_S = 60.0  # what a program may still do once it is scored: its summary
+LINGER_S = 60.0  # what a program may still do once its session is over: weights, a summary
 REFEREE_END_S = 10.0
 MODEL = "model.safetensors"
 
 
 class Run:
-    """A run in progress. Owns its folders; `go` returns the result without what the end adds."""
+    """A run in progress, and its folders. `train` or `measure` gives what is particular to it."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -42,12 +43,14 @@ class Run:
         self.trainer = task.trainer or str(Path(__file__).resolve().parent.parent)
         self.python = task.python or sys.executable
         self.isolation = task.isolation
+        if task.isolation == "auto":
+            self.isolation = "namespaces" if sys.platform == "linux" else "none"
         self.isolation_reason: str | None = None
         self.cancelled: str | None = None  # set by a signal
         self.shared: Path | None = None
-        self._referee: subprocess.Popen | None = None
+        self.referee: subprocess.Popen | None = None
         self._referee_died: str | None = None
-        self._scored_at: float | None = None
+        self._nothing_to_come: float | None = None  # since when the program can gain nothing more
 
     # --- nanochat ---------------------------------------------------------------------------------
 
@@ -66,48 +69,31 @@ class Run:
 
         ending = self._command(roles, task.command, "program", once_started)
         account = self._end_referee()
+        began = self.isolation != "apptainer" or (self.scratch / ".started").exists()
         status, reason = outcome.of_training(
-            ending,
-            account,
-            self._referee_died,
-            self.isolation == "apptainer" and not (self.scratch / ".started").exists(),
-            task.limits.memory_mb,
-            task.wall_limit_s,
+            ending, account, self._referee_died, began, task.limits.memory_mb, task.wall_limit_s
         )
-        value = account["val_bpb"] if account and status == "ok" else None
-        return {
-            "status": status,
-            "reason": outcome.printable(reason),
-            "metric": "val_bpb",
-            "value": value,
-            **of_account(account or {}),
-            **of_ending(ending),
-        }
+        told = {k: v for k, v in (account or {}).items() if k not in ("protocol", "state")}
+        value = told.get("val_bpb") if status == "ok" else None
+        facts = {"status": status, "reason": reason, "metric": "val_bpb", "value": value}
+        return told | facts | claims(told, gpu_model(task.device)) | ending.usage
 
     def _start_referee(self, begun: float) -> None:
         task, contained = self.task, self.isolation == "apptainer"
         assert task.data is not None
         outside = {"shared": str(self.shared), "data": task.data, "private": str(self.dir)}
         view = sandbox.View.of(outside, contained)
-        spec = {
-            **view.inside,
-            "scale": task.scale,
-            "seed": task.seed,
-            "budget": task.budget and {"kind": task.budget.kind, "amount": task.budget.amount},
-            "startup_free_s": task.startup_free_s,
-            "feed_ceiling_s": task.feed_ceiling_s,
-            "scoring_limit_s": task.scoring_limit_s,
-            "begun": begun,
-            "parent": None if contained else os.getpid(),
-        }
-        env = {name: os.environ[name] for name in sandbox.ALLOWED if name in os.environ}
-        env |= dict.fromkeys(sandbox.THREADS, "1") | {"PYTHONPATH": self.trainer}
+        granted = dataclasses.asdict(task)
+        names = ("scale", "seed", "budget", "startup_free_s", "feed_ceiling_s", "scoring_limit_s")
+        spec = {**view.inside, **{name: granted[name] for name in names}, "begun": begun}
+        spec["parent"] = None if contained else os.getpid()
+        env = dict.fromkeys(sandbox.THREADS, "1") | {"PYTHONPATH": self.trainer}
         argv = [self.python, "-m", "referee.server"]
         if contained:
-            inside = {name: env[name] for name in (*sandbox.THREADS, "PYTHONPATH")}
-            argv = sandbox.contained(task.referee_argv, view, inside) + argv
+            argv = sandbox.contained(task.referee_argv, view, env) + argv
+        env |= {name: os.environ[name] for name in sandbox.ALLOWED if name in os.environ}
         with (self.dir / "referee.log").open("wb") as log:
-            self._referee = subprocess.Popen(
+            self.referee = subprocess.Popen(
                 argv,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -116,32 +102,33 @@ class Run:
                 cwd="/",
                 start_new_session=True,
             )
-        assert self._referee.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._referee.stdin as pipe:
+        assert self.referee.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.referee.stdin as pipe:
             pipe.write(json.dumps(spec).encode())
 
     def _end_referee(self) -> dict[str, Any] | None:
         """Let the referee close its books; its account."""
-        referee = self._referee
-        if referee is None:
+        if self.referee is None:
             return None
-        referee.terminate()  # heeded while nobody is connected; else it reads to the program's end
+        # Heeded while nobody is connected; else it reads to the program's end, which is there.
+        self.referee.terminate()
         try:
-            code = referee.wait(REFEREE_END_S)
+            code = self.referee.wait(REFEREE_END_S)
         except subprocess.TimeoutExpired:
-            referee.kill()
-            code = referee.wait()
-        account = None
-        with contextlib.suppress(OSError, ValueError):
-            account = json.loads((self.dir / "score.json").read_text())
+            self.referee.kill()
+            code = self.referee.wait()
         if code not in (0, -signal.SIGTERM) and not self._referee_died:
             self._referee_died = self._why_referee_died(code)
-        return account
+        return self._account()
+
+    def _account(self) -> dict[str, Any] | None:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.dir / "score.json").read_text())
+        return None
 
     def _why_referee_died(self, code: int) -> str:
-        name = outcome.signal_name(-code)
-        if name:
-            return f"the referee was killed by {name}"
+        if code < 0:
+            return f"the referee was killed by {signal_name(-code)}"
         words = outcome.last_line((self.dir / "referee.log").read_text(errors="replace"))
         return f"the referee failed: {words}"
 
@@ -149,18 +136,18 @@ class Run:
         """Whether the program has to be ended, asked at every poll."""
         if self.cancelled:
             return f"the run was cancelled from outside by {self.cancelled}"
-        if self._referee is None:
-            return None
-        code = self._referee.poll()
-        if code is not None:
-            if code != 0:
-                self._referee_died = self._why_referee_died(code)
-            return "the referee has ended the session"
-        if self._scored_at is None:
-            if (self.dir / "score.json").exists():  # it is written when the score is made
-                self._scored_at = time.monotonic()
-        elif time.monotonic() - self._scored_at > AFTER_SCORE_S:
-            return f"it did not end within {AFTER_SCORE_S:.0f} s of its score"
+        if self._nothing_to_come is not None:
+            over = time.monotonic() - self._nothing_to_come > LINGER_S
+            return f"it did not end within {LINGER_S:.0f} s of its session" if over else None
+        code = self.referee.poll() if self.referee else None
+        if code:
+            self._referee_died = self._why_referee_died(code)
+            return self._referee_died
+        if code == 0 or (self.dir / "score.json").exists():
+            account = self._account()
+            if account and account["state"] in outcome.ACCOUNT_STATES:
+                return "the referee ended the session"
+            self._nothing_to_come = time.monotonic()
         return None
 
     # --- a general task ---------------------------------------------------------------------------
@@ -169,48 +156,36 @@ class Run:
         """The task's command, then its scorer over what the command left."""
         task, scorer = self.task, self.task.scorer
         assert scorer is not None
-        facts: dict[str, Any] = {"metric": scorer.metric, "value": None}
+        facts: dict[str, Any] = {"metric": scorer.metric}
         if task.command:
             roles = {"scratch": str(self.scratch), "program": task.program}
             ending = self._command(roles, task.command, "program")
             status, reason = outcome.of_command(ending, task.limits.memory_mb)
-            facts |= {"status": status, "reason": reason, **of_ending(ending)}
+            facts |= {"status": status, "reason": reason} | ending.usage
             if status != "ok":
-                return facts | {"reason": outcome.printable(reason)}
-        return facts | self._score(scorer.command, scorer.metric)
+                return facts
+        return facts | self._score(scorer)
 
-    def _score(self, command: tuple[str, ...], metric: str) -> dict[str, Any]:
+    def _score(self, scorer: Scorer) -> dict[str, Any]:
         """Run the scorer in a sandbox of its own; it reads the program and its scratch folder."""
-        task = self.task
-        assert task.scorer is not None
         own = self.dir / "scorer"
         make_scratch(own)
         roles = {
             "scratch": str(own),
-            "program": task.program,
+            "program": self.task.program,
             "output": str(self.scratch),
-            "files": task.scorer.files_dir,
+            "files": scorer.files_dir,
         }
-        ending = self._command(roles, command, "files")
-        status, reason = outcome.of_command(ending, task.limits.memory_mb)
+        ending = self._command(roles, scorer.command, "files")
+        status, reason = outcome.of_command(ending, self.task.limits.memory_mb)
         if status != "ok":
-            status = "infrastructure" if status == "infrastructure" else status
-            return {"status": status, "reason": outcome.printable(f"the scorer: {reason}")}
-        line = last_output_line(self.dir / "scorer.out")
+            return {"status": status, "reason": f"the scorer: {reason}"}
         try:
-            found = json.loads(line)
-            value = found[metric]
-            if type(value) not in (int, float) or not abs(value) < 1e300:
-                raise ValueError(f"{metric} is no finite number: {value!r:.60}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"the scorer's last line does not give {metric}: {error} in {line:.100}"
-            return {"status": "crash", "reason": outcome.printable(reason)}
-        return {
-            "status": "ok",
-            "reason": f"{metric} {value:g}",
-            "value": float(value),
-            "scoring_seconds": ending.total_s,
-        }
+            value = outcome.scored_value(last_output_line(self.dir / "scorer.out"), scorer.metric)
+        except ValueError as error:
+            return {"status": "crash", "reason": f"the scorer: {error}"}
+        facts = {"status": "ok", "reason": f"{scorer.metric} {value:g}", "value": value}
+        return facts | {"scoring_seconds": ending.usage["program_seconds"]}
 
     # --- both -------------------------------------------------------------------------------------
 
@@ -221,7 +196,7 @@ class Run:
         cwd: str,
         on_start: Any = lambda: None,
     ) -> Ending:
-        """Run one command with its working directory at role `cwd`, falling back where allowed."""
+        """Run one command, its working directory at role `cwd`; without walls where that may be."""
         ending = self._attempt(roles, command, cwd, on_start)
         if ending.failed and self.task.isolation == "auto":
             self.isolation, self.isolation_reason = "none", ending.failed
@@ -232,8 +207,6 @@ class Run:
         self, roles: Mapping[str, str], command: tuple[str, ...], cwd: str, on_start: Any
     ) -> Ending:
         task = self.task
-        if self.isolation == "auto":
-            self.isolation = "namespaces" if sys.platform == "linux" else "none"
         contained, walled = self.isolation == "apptainer", self.isolation == "namespaces"
         view = sandbox.View.of(roles, walled or contained)
         caller = {} if contained else os.environ
@@ -295,24 +268,18 @@ def run(task: Task) -> dict[str, Any]:
             one.keep(facts["status"] == "ok")
         except Exception as error:
             traceback.print_exc()
-            words = outcome.printable(f"the wrapper failed: {type(error).__name__}: {error}")
+            words = f"the wrapper failed: {type(error).__name__}: {error}"
             facts |= {"status": "infrastructure", "reason": words, "value": None}
         finally:
-            if one._referee is not None and one._referee.poll() is None:
-                one._referee.kill()
-                one._referee.wait()
+            if one.referee is not None and one.referee.poll() is None:
+                one.referee.kill()
+                one.referee.wait()
             if one.shared is not None:
                 shutil.rmtree(one.shared, ignore_errors=True)
-        result = {
-            **blank(),
-            **facts,
-            **of_task(task),
-            "isolation": one.isolation,
-            "isolation_reason": one.isolation_reason,
-            "started": started,
-            "ended": utc_now(),
-            "total_seconds": round(time.monotonic() - begun, 3),
-        }
+        result = blank() | of_task(task) | facts | {"started": started, "ended": utc_now()}
+        result["reason"] = outcome.printable(result["reason"])
+        result |= {"isolation": one.isolation, "isolation_reason": one.isolation_reason}
+        result["total_seconds"] = round(time.monotonic() - begun, 3)
         write_result(one.dir, result)
     return result
 
@@ -322,13 +289,9 @@ def run_folder(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         task = load(run_dir)
     except (OSError, ValueError) as error:
-        result = {
-            **blank(),
-            "status": "infrastructure",
-            "reason": outcome.printable(f"task.json: {error}"),
-            "started": utc_now(),
-            "ended": utc_now(),
-        }
+        words = outcome.printable(f"task.json: {error}")
+        result = blank() | {"status": "infrastructure", "reason": words}
+        result |= {"started": utc_now(), "ended": utc_now()}
         write_result(Path(run_dir), result)
         return result
     return run(task)
@@ -342,7 +305,8 @@ def blank() -> dict[str, Any]:
     names = (
         "experiment run status reason metric value val_bpb seed scale tokens steps startup_seconds"
         " training_seconds overrun_seconds scoring_seconds total_seconds peak_memory_mb"
-        " gpu_memory_mb tokens_per_second node device gpu rows_scored isolation started ended"
+        " gpu_memory_mb tokens_per_second node device gpu rows_scored budget isolation started"
+        " ended"
     )
     versions = {"python": sys.version.split()[0], "protocol": protocol.VERSION}
     return {
@@ -361,62 +325,30 @@ def of_task(task: Task) -> dict[str, Any]:
         **{name: task.facts[name] for name in known if name in task.facts},
         "facts": dict(task.facts),
         "seed": task.seed,
-        "budget": task.budget and {"kind": task.budget.kind, "amount": task.budget.amount},
+        "budget": task.budget and dataclasses.asdict(task.budget),
         "device": device or None,
-        "gpu": gpu_model(device),
     }
 
 
-def of_account(account: Mapping[str, Any]) -> dict[str, Any]:
-    """The referee's numbers by result.json's names; `reported` are the program's own claims."""
+def claims(account: Mapping[str, Any], gpu: str | None) -> dict[str, Any]:
+    """What the program itself told by log(), and what follows from the account."""
     reported = account.get("reported") or {}
-    tokens, seconds = account.get("tokens_trained"), account.get("training_s")
-    steps = reported.get("steps", reported.get("step"))
-    memory = reported.get("gpu_memory_mb", reported.get("peak_memory_mb"))
+    steps, memory = reported.get("step"), reported.get("memory_mb")
+    tokens, seconds = account.get("tokens"), account.get("training_seconds")
     return {
-        "val_bpb": account.get("val_bpb"),
-        "val_bpb_upstream": account.get("val_bpb_upstream"),
-        "rows_scored": account.get("rows_scored"),
-        "tokens_scored": account.get("tokens_scored"),
-        "scale": account.get("scale"),
-        "granted": account.get("budget"),
-        "tokens": tokens,
-        "tokens_served": account.get("tokens_served"),
-        "batches": account.get("batches"),
-        "epoch": account.get("epoch"),
         "steps": steps if isinstance(steps, int) else None,
-        "gpu_memory_mb": memory if isinstance(memory, int | float) else None,
+        "gpu": gpu,
+        "gpu_memory_mb": memory if gpu and isinstance(memory, int | float) else None,
         "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,
-        "startup_seconds": account.get("startup_s"),
-        "charged_seconds": account.get("charged_s"),
-        "training_seconds": seconds,
-        "overrun_seconds": account.get("overrun_s"),
-        "scoring_seconds": account.get("scoring_s"),
-        "waiting_seconds": account.get("waiting_s"),
-        "serving_seconds": account.get("serving_s"),
-        "closed_by": account.get("closed_by"),
-        "refusals": account.get("refusals"),
-        "reported": reported,
-        "referee_cpu_seconds": account.get("cpu_s"),
-    }
-
-
-def of_ending(ending: Ending) -> dict[str, Any]:
-    """What the program used, as seen from outside."""
-    return {
-        "exit_code": ending.code,
-        "exit_signal": outcome.signal_name(ending.signal),
-        "exec_seconds": ending.started_s,
-        "program_seconds": ending.total_s,
-        "program_cpu_seconds": ending.cpu_s,
-        "peak_memory_mb": ending.peak_mb,
-        "peak_processes": ending.peak_processes,
-        "log_bytes": ending.log_bytes,
     }
 
 
 def gpu_model(device: str | None) -> str | None:
-    """The name of the run's GPU as the driver tells it, without loading CUDA; None without one."""
+    """The name of the run's GPU as the driver tells it, without loading CUDA; None without one.
+
+    `device`: CUDA_VISIBLE_DEVICES, where None stands for this process's.
+    """
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device is None else device
     with contextlib.suppress(OSError):
         for card in sorted(Path("/proc/driver/nvidia/gpus").iterdir()):
             facts = dict(
@@ -424,7 +356,7 @@ def gpu_model(device: str | None) -> str | None:
                 for line in (card / "information").read_text().splitlines()
                 if ":" in line
             )
-            wanted = (device or "").split(",")[0]
+            wanted = device.split(",")[0]
             if not wanted.startswith("GPU-") or facts.get("GPU UUID", "").startswith(wanted):
                 return facts.get("Model")
     return None
