@@ -249,8 +249,9 @@ class _Fold:
             ) from error
 
     def freeze(self) -> State:
-        for name, edited in self.edited.items():
-            self.branches[name] = Branch(**{**edited, "spent": _usage(edited["spent"])})
+        for name, changed in self.edited.items():
+            spent, kept = _usage(changed["spent"]), tuple(changed["kept_ids"])
+            self.branches[name] = Branch(**{**changed, "spent": spent, "kept_ids": kept})
         values = {f.name: getattr(self, f.name) for f in fields(State)}
         values["in_flight"], values["orders"] = tuple(self.in_flight), frozenset(self.orders)
         return State(**{**values, "spent": _usage(self.spent)})
@@ -260,7 +261,8 @@ class _Fold:
         a replay's time."""
         if name not in self.edited:
             before = self.branches[name]
-            self.edited[name] = {**vars(before), "spent": dict(vars(before.spent))}
+            values = {"spent": dict(vars(before.spent)), "kept_ids": list(before.kept_ids)}
+            self.edited[name] = {**vars(before), **values}
         return self.edited[name]
 
     # -- on_NAME is called for each event of that name -----------------------------------------
@@ -454,7 +456,7 @@ def _keep(branch: dict[str, Any], record: Record, direction: str) -> None:
     if best is None or (metric is not None and better(metric, best, direction)):
         branch |= {"best": record.id, "best_metric": metric}
     branch |= {"head": record.id, "head_commit": record.commit, "since_keep": 0}
-    branch["kept_ids"] = (*branch["kept_ids"], record.id)
+    branch["kept_ids"].append(record.id)
     branch["kept"] += 1
 
 
