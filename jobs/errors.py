@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class AutoresearchError(Exception):
     """Something failed and the command ends with `exit_code`; printed without a traceback."""
@@ -45,3 +50,31 @@ class LeaseHeld(AutoresearchError):
 
 class Displaced(AutoresearchError):
     """Another controller took the campaign over: this one must not write any more."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free space on this disk (autoresearch clean)",
+    errno.EDQUOT: "Free space within your quota (autoresearch clean)",
+    errno.EROFS: "The file system is read-only: remount it or move the campaign folder",
+    errno.EACCES: "Give yourself write permission to the file and its folder",
+    errno.EPERM: "Give yourself write permission to the file and its folder",
+    errno.EIO: "The disk or file server fails: see the system's log before going on",
+}
+
+
+def refused(path: Path | str, act: str, error: OSError) -> Paused:
+    """What the system refused, as a pause: `path` could not be `act` ("opened")."""
+    remedy = _REMEDIES.get(error.errno or 0, "Mend that")
+    return Paused(
+        f"{path} could not be {act}: {error.strerror} ({errno.errorcode.get(error.errno or 0)})",
+        f"{remedy}, then start again: everything recorded before is intact",
+    )
+
+
+@contextlib.contextmanager
+def refusals_told() -> Iterator[None]:
+    """Turns what the system refuses inside into Paused, in words."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(error.filename or "a file or a process", "used", error) from error

@@ -7,7 +7,6 @@ one key more, "at": the byte offset of its line, by which `Lines` finds it again
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.effects import effect
-from jobs.errors import Displaced, LedgerBroken, Paused
+from jobs.errors import Displaced, LedgerBroken, Paused, refused
 
 VERSION = 1
 Event = dict[str, Any]
@@ -134,7 +133,7 @@ class Ledger:
         try:
             self._fd = self._open()
         except OSError as error:
-            raise _paused(self.path, "opened", error) from error
+            raise refused(self.path, "opened", error) from error
         self.offset, self._next, self._seen = 0, 0, 0
         self._catch_up()
 
@@ -221,7 +220,7 @@ class Ledger:
         except OSError as error:
             # A half-written or unsynced line must not be read back as recorded later.
             self._cut()
-            raise _paused(self.path, "appended to", error) from error
+            raise refused(self.path, "appended to", error) from error
 
     def _cut(self) -> None:
         try:
@@ -243,21 +242,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-_REMEDIES = {
-    errno.ENOSPC: "Free space on this disk (autoresearch clean)",
-    errno.EDQUOT: "Free space within your quota (autoresearch clean)",
-    errno.EROFS: "The file system is read-only: remount it or move the campaign folder",
-    errno.EACCES: "Give yourself write permission to the file and its folder",
-    errno.EPERM: "Give yourself write permission to the file and its folder",
-    errno.EIO: "The disk or file server fails: see the system's log before going on",
-}
-
-
-def _paused(path: Path, act: str, error: OSError) -> Paused:
-    remedy = _REMEDIES.get(error.errno or 0, "Mend that")
-    return Paused(
-        f"{path} could not be {act}: {error.strerror} ({errno.errorcode.get(error.errno or 0)})",
-        f"{remedy}, then start again: everything recorded before is intact",
-    )

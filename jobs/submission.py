@@ -19,6 +19,7 @@ from jobs.config import Executor as Settings
 from jobs.errors import UserError
 from jobs.model import Run, Submission
 
+CANCEL_S = 5.0  # for a payload to end by itself
 START_GRACE_S = 15.0  # a payload that has not claimed its run folder by then never started
 
 
@@ -99,7 +100,8 @@ class LocalExecutor:
             self._device_of[run.id] = environment["CUDA_VISIBLE_DEVICES"] = device
         with open(run_dir / "payload.log", "ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "jobs.payload", str(run_dir)],
+                # -P: a lab may hold a folder named trainer/, which is not ours
+                [sys.executable, "-P", "-m", "jobs.payload", str(run_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -116,42 +118,55 @@ class LocalExecutor:
         node = os.uname().nodename
         states = {}
         for submission in submissions:
-            running = process.alive(submission.job)
+            running = self._lives(submission)
             states[submission.run] = JobState("running" if running else "ended", node=node)
             if not running:
                 self._device_of.pop(submission.run, None)
         return states
 
+    def _lives(self, submission: Submission) -> bool:
+        """Whether its payload runs: of two for one run (a kill in between), the claim's."""
+        return process.alive((self._claimed(submission.run) or submission).job)
+
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Payloads say who they are in their run folder: wait for one that may just be starting."""
-        names = set(names)
+        runs = {name: "-".join(name.rsplit("-", 3)[1:]) for name in names}
         found: dict[str, Submission] = {}
         deadline = time.monotonic() + START_GRACE_S
-        while missing := names - set(found):
-            starting = _starting(missing)  # asked first: it may claim its folder in between
-            for name in missing:
-                with contextlib.suppress(FileNotFoundError):
-                    found[name] = self._claimed(name)
+        while missing := runs.keys() - found.keys():
+            # asked first: it may claim its folder in between
+            starting = _starting({str(self._folder(runs[name])) for name in missing})
+            claimed = {name: self._claimed(runs[name]) for name in missing}
+            found |= {name: submission for name, submission in claimed.items() if submission}
             if not starting or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         return found
 
-    def _claimed(self, name: str) -> Submission:
-        """The submission that a claim file tells of. Raises FileNotFoundError without one."""
-        experiment, seed, attempt = name.split("-")[-3:]
-        folder = self._runs / experiment / f"{seed}-{attempt}"
-        claim = json.loads((folder / "claim.json").read_text())
+    def _folder(self, run: str) -> Path:
+        experiment, _, attempt = run.partition("-")
+        return self._runs / experiment / attempt
+
+    def _claimed(self, run: str) -> Submission | None:
+        """The submission that a run folder's claim tells of, and which GPU it holds."""
+        try:
+            claim = json.loads((self._folder(run) / "claim.json").read_text())
+        except (FileNotFoundError, ValueError):  # none, or torn by a power cut
+            return None
         if claim.get("device"):
-            self._device_of[claim["run"]] = claim["device"]
-        return Submission(claim["run"], "local", claim["process"], claim["host"])
+            self._device_of[run] = claim["device"]
+        return Submission(run, "local", claim["process"], claim["host"])
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
-        for submission in submissions:
-            if process.alive(submission.job):
-                # the payload ends its tree and writes result.json
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(submission.job.partition("@")[0]), signal.SIGTERM)
+        """A payload that is asked ends its tree and writes its result; one that hangs is killed."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + CANCEL_S
+            for submission in submissions:
+                if process.alive(submission.job):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(submission.job.partition("@")[0]), number)
+            while any(process.alive(s.job) for s in submissions) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def slots(self) -> int | None:
         return max(1, len(self._devices))
@@ -177,12 +192,11 @@ def _visible_gpus() -> list[str]:
     return listing.stdout.split() if listing.returncode == 0 else []
 
 
-def _starting(names: set[str]) -> bool:
-    """Whether a payload of one of these names is a process that has not claimed its folder yet."""
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+def _starting(folders: set[str]) -> bool:
+    """Whether a payload of one of these run folders is a process that has not claimed it yet."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            for item in environ.read_bytes().split(b"\0"):
-                key, _, value = item.partition(b"=")
-                if key == b"AUTORESEARCH_RUN_NAME" and value.decode(errors="replace") in names:
-                    return True
+            words = os.fsdecode(command.read_bytes()).split("\0")
+            if "jobs.payload" in words and folders.intersection(words):
+                return True
     return False
