@@ -1,0 +1,389 @@
+"""Runs as steps of a job that holds nodes for the night: queue wait is paid once, not per run."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from submitit.core import plugins
+
+from jobs import payload
+from jobs.config import Executor as Settings
+from jobs.errors import UserError
+from jobs.model import Run, Submission
+from jobs.submission import JobState
+from slurm import commands, script
+from slurm.commands import Busy, Row, Unanswered
+from slurm.executor import last_line, run_id, scancel, state_of
+from slurm.step import AllocationExecutor
+from slurm.table import Entry, Table
+
+END_MARGIN_S = 20.0  # of an allocation's time, beyond a run's limit: nothing is cut off at its end
+LAUNCHES = 5  # of one run's step; more than once only where srun could not start it
+STARTING_S = 90.0  # a step that neither srun nor Slurm nor a claim shows by then never began
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A job that holds nodes, as Slurm last showed it."""
+
+    row: Row
+    nodes: tuple[str, ...]
+    seen: float  # monotonic time
+
+    @property
+    def running(self) -> bool:
+        return self.row.state == "RUNNING"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until its time limit. By Slurm's countdown: no two clocks are compared."""
+        left = float("inf") if self.row.left_s is None else self.row.left_s
+        return left - (time.monotonic() - self.seen)
+
+
+class AllocationRuns:
+    """Executor `allocation`.
+
+    A holder is asked for when the first run is wanted, and the next one ahead of its end. A run
+    gets a (node, place) pair of its own, is started there if its whole limit still fits, and waits
+    in a file otherwise. Holders end by themselves; see `script.holder_text`.
+    """
+
+    stale_s = script.STALE_S
+    idle_s = script.IDLE_S
+    heartbeat_s = script.HEARTBEAT_S
+
+    def __init__(
+        self,
+        settings: Settings,
+        campaign_dir: Path,
+        work: Callable[[str], None] = payload.run,
+    ) -> None:
+        """`work` is called on the node with the run's folder; it must be importable there."""
+        commands.require("srun", "executor.kind: allocation")
+        if AllocationExecutor.name() not in plugins.get_executors():
+            raise UserError(
+                "executor.kind: allocation needs this project installed, not only on the path"
+                " (submitit finds it by entry points): pip install -e ."
+            )
+        self._settings, self._campaign_dir, self._work = settings, campaign_dir, work
+        self._folder = campaign_dir / "submitit"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._table = Table(self._folder / "allocation.json")
+        self._name = script.holder_name(campaign_dir)
+        self._sruns: dict[
+            str, subprocess.Popen[bytes]
+        ] = {}  # run id -> srun started by this process
+        self._holders: list[Holder] | None = None  # newest last; None: never asked
+        self._names: dict[str, tuple[str, ...]] = {}  # node list -> nodes
+        self._trouble = ""
+        self._closed = threading.Event()
+        self._beat: threading.Thread | None = None
+
+    # -- starting runs ----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        run: Run,
+        name: str,
+        run_dir: Path,
+        limit_s: float,
+        avoid: frozenset[str] = frozenset(),
+    ) -> Submission:
+        """Start one run in a free place, or keep it for the next `survey` that finds one.
+
+        Raises:
+            UserError: Slurm refused the holder for a setting; with its own words.
+        """
+        entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, tuple(sorted(avoid)))
+        if limit_s + END_MARGIN_S > self._settings.hold_hours * 3600:
+            raise UserError(
+                f"a run may take {limit_s:.0f} s, which never fits into an allocation of"
+                f" executor.hold_hours: {self._settings.hold_hours}"
+            )
+        self._table.put(entry)
+        self._keep_beating()
+        try:
+            with contextlib.suppress(Unanswered):
+                if self._holders is None:
+                    self._look()
+                self._start_waiting({run.id})
+        except UserError:
+            self._table.drop(run.id)
+            raise
+        return Submission(run.id, "allocation", name)
+
+    def _start_waiting(self, runs: Iterable[str]) -> None:
+        """Start those of `runs` that fit somewhere now; see to it that the others will.
+
+        Raises UserError.
+        """
+        waiting = [e for e in self._table if e.run in runs and e.launched is None]
+        for entry in waiting:
+            if place := self._free_place(entry):
+                self._launch(entry, *place)
+        active = [e for e in self._table if e.run in runs and not e.finished]
+        if active and not self._provided(active):
+            self._ask_for_holder(active)
+
+    def _free_place(self, entry: Entry) -> tuple[str, str, int] | None:
+        """(holder, node, place) for a run: a pair that no other has, in the newest holder."""
+        taken = {(e.holder, e.node, e.slot) for e in self._table if e.launched and not e.finished}
+        for holder in reversed(self._holders or []):
+            if not self._fits(holder, entry):
+                continue
+            for slot in range(script.per_node(self._settings)):
+                for node in holder.nodes:  # spread over the nodes first
+                    if node not in entry.avoid and (holder.row.job, node, slot) not in taken:
+                        return holder.row.job, node, slot
+        return None
+
+    def _fits(self, holder: Holder, entry: Entry, ahead_s: float = END_MARGIN_S) -> bool:
+        """Whether the run could go through in this holder, were a place free for it."""
+        usable = set(holder.nodes) - set(entry.avoid)
+        return holder.running and bool(usable) and holder.left_s >= entry.limit_s + ahead_s
+
+    def _launch(self, entry: Entry, holder: str, node: str, slot: int) -> None:
+        entry = self._table.put(
+            replace(
+                entry,
+                holder=holder,
+                node=node,
+                slot=slot,
+                launched=time.time(),
+                launches=entry.launches + 1,
+            )
+        )
+        folder = script.job_folder(self._campaign_dir, entry.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        env = {**commands.environment(), "AUTORESEARCH_RUN_NAME": entry.name}
+        if self._settings.gpu_syntax == "none":  # Slurm assigns no device here: places do
+            env["CUDA_VISIBLE_DEVICES"] = str(slot)
+        executor = AllocationExecutor(folder)
+        executor._throttling = 0.0  # submitit spares slurmctld 0.2 s; a step costs it little
+        argv = script.step_argv(
+            self._settings, entry.name, self._campaign_dir, entry.limit_s, holder, node
+        )
+        # submitit reads '_' in an id as "member of a job array"
+        executor.update_parameters(job_id=entry.name.replace("_", "-"), argv=argv, env=env)
+        self._sruns[entry.run] = executor.submit(self._work, entry.run_dir).process
+
+    # -- holders ----------------------------------------------------------------------------------
+
+    def _look(self) -> list[Row]:
+        """Ask Slurm for this user's jobs, and take note of the holders. Raises Unanswered."""
+        rows = commands.queue()
+        seen = time.monotonic()
+        ours = sorted((r for r in rows if r.name == self._name), key=lambda row: int(row.job))
+        alive = [r for r in ours if commands.phase(r.state) != "ended" and r.state != "COMPLETING"]
+        self._holders = [Holder(row, self._nodes(row), seen) for row in alive]
+        return rows
+
+    def _nodes(self, row: Row) -> tuple[str, ...]:
+        if row.state != "RUNNING":
+            return ()
+        if row.nodes not in self._names:
+            self._names[row.nodes] = tuple(commands.hostnames(row.nodes))
+        return self._names[row.nodes]
+
+    def _provided(self, active: Sequence[Entry]) -> bool:
+        """Whether a holder is on its way, or one will last until the next could be had."""
+        if self._holders is None:
+            return True  # nothing is known: ask for nothing
+        if any(not holder.running for holder in self._holders):
+            return True
+        ahead = min(
+            900.0, self._settings.hold_hours * 900
+        )  # a quarter of its time, if that is less
+        longest = max(active, key=lambda entry: entry.limit_s)
+        return any(self._fits(holder, longest, ahead) for holder in self._holders)
+
+    def _ask_for_holder(self, active: Sequence[Entry]) -> None:
+        limit = max(entry.limit_s for entry in active)
+        avoid = set.intersection(*(set(entry.avoid) for entry in active))
+        text = script.holder_text(
+            self._settings, self._campaign_dir, limit, avoid, self.stale_s, self.idle_s
+        )
+        try:
+            job = commands.ask(["sbatch", "--parsable"], stdin=text).split(";")[0].strip()
+        except Unanswered as error:
+            refused = commands.refusal(str(error).removeprefix("sbatch: "))
+            if not isinstance(refused, Busy | Unanswered):
+                raise refused from None
+            self._trouble = str(refused)
+            return
+        self._trouble = ""
+        row = Row(job, "PENDING", name=self._name)
+        self._holders = [*(self._holders or []), Holder(row, (), time.monotonic())]
+
+    def _give_back_spares(self) -> None:
+        """An older holder has done its part once a newer one runs and its last step has ended."""
+        running = [holder for holder in self._holders or [] if holder.running]
+        used = {e.holder for e in self._table if e.launched and not e.finished}
+        if spare := [h.row.job for h in running[:-1] if h.row.job not in used]:
+            scancel(spare)
+
+    # -- what became of runs ----------------------------------------------------------------------
+
+    def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
+        """State by run id: one squeue, and one of steps where a run's srun is not our child.
+
+        None: Slurm did not answer, which says nothing about any run. Raises UserError.
+        """
+        self._keep_beating()
+        wanted = {s.run for s in submissions}
+        try:
+            jobs = commands.by_job(self._look())
+            self._forget(wanted)
+            steps = commands.steps() if self._strangers() else {}
+        except Unanswered:
+            return None
+        for entry in self._table:
+            if entry.launched is not None:
+                self._relaunch_unless_begun(entry, jobs, steps)
+        self._start_waiting(wanted)
+        self._give_back_spares()
+        return {s.run: self._state(s.run, jobs, steps) for s in submissions}
+
+    def _forget(self, wanted: set[str]) -> None:
+        """Runs that the controller has done with, once their steps are over."""
+        for entry in self._table:
+            srun = self._sruns.get(entry.run)
+            if entry.run not in wanted and (srun is None or srun.poll() is not None):
+                self._table.drop(entry.run)
+                self._sruns.pop(entry.run, None)
+
+    def _strangers(self) -> list[Entry]:
+        """Started runs that no living srun of ours speaks for: something was killed."""
+        return [e for e in self._table if e.launched and not self._attached(e)]
+
+    def _attached(self, entry: Entry) -> bool:
+        srun = self._sruns.get(entry.run)
+        return srun is not None and srun.poll() is None
+
+    def _begun(self, entry: Entry) -> bool:
+        """Whether the step's task ever ran: then it is not for us to start it again."""
+        return entry.claimed or self._step_log(entry).exists()
+
+    def _step_log(self, entry: Entry) -> Path:
+        return script.job_folder(self._campaign_dir, entry.name) / "step-0.log"
+
+    def _relaunch_unless_begun(
+        self, entry: Entry, jobs: Mapping[str, Row], steps: Mapping[str, Row]
+    ) -> None:
+        """Back to waiting for a run whose step never came to be: no room, an outage, a kill."""
+        srun = self._sruns.get(entry.run)
+        failed = srun is not None and (srun.poll() or 0) > 0
+        young = time.time() - (entry.launched or 0) < STARTING_S
+        if self._attached(entry) or entry.name in steps or self._begun(entry):
+            return
+        if (failed or not young) and entry.launches < LAUNCHES:
+            self._sruns.pop(entry.run, None)
+            self._table.put(replace(entry, holder=None, node=None, slot=None, launched=None))
+
+    def _state(self, run: str, jobs: Mapping[str, Row], steps: Mapping[str, Row]) -> JobState:
+        entry = self._table.get(run)
+        if entry is None:
+            return JobState("absent", "no such step is known")
+        if entry.launched is None:
+            return self._why_waiting(entry)
+        queue_s = entry.launched - entry.asked
+        if self._attached(entry) or entry.name in steps:
+            return JobState("running", node=entry.node, queue_s=queue_s)
+        holder = jobs.get(entry.holder or "")
+        if not self._begun(entry) and time.time() - entry.launched < STARTING_S:
+            return JobState("running", "starting", node=entry.node, queue_s=queue_s)
+        reason = f"its step {self._ending(entry)}"
+        lost = holder is None or commands.phase(holder.state) == "ended"
+        if lost:
+            became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"
+            reason = f"its allocation, job {entry.holder}, is {became}"
+        preempted = holder is not None and holder.state == "PREEMPTED"
+        return JobState("ended", reason, entry.node, queue_s=queue_s, preempted=preempted)
+
+    def _ending(self, entry: Entry) -> str:
+        srun = self._sruns.get(entry.run)
+        code = srun.poll() if srun else None
+        log = self._step_log(entry)
+        said = last_line(log if self._begun(entry) else log.with_name("srun.log"))
+        ended = "ended" if code is None else f"ended with {code}"
+        return f"{ended} ({said})" if said else ended
+
+    def _why_waiting(self, entry: Entry) -> JobState:
+        """Pending: in the words of the holder that it waits for."""
+        holders = self._holders or []
+        if pending := [holder.row for holder in holders if not holder.running]:
+            state = state_of(replace(pending[-1], state="PENDING"))
+            reason = (
+                f"waits for its allocation, job {pending[-1].job}: {state.reason or 'submitted'}"
+            )
+            return replace(state, reason=reason, node=None)
+        if self._trouble:
+            return JobState("pending", f"no allocation: {self._trouble}")
+        if not any(self._fits(holder, entry) for holder in holders):
+            return JobState(
+                "pending", "no allocation has time or nodes for it; the next is asked for"
+            )
+        return JobState("pending", "waits for a place")
+
+    # -- after a kill, and at the end -----------------------------------------------------------
+
+    def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
+        """Runs in this executor's table, which is written before anything is started."""
+        known = {entry.name for entry in self._table}
+        return {n: Submission(run_id(n), "allocation", n) for n in names if n in known}
+
+    def cancel(self, submissions: Sequence[Submission]) -> None:
+        """End these runs. Where Slurm does not answer, their time limits end them."""
+        steps: Mapping[str, Row] = {}
+        with contextlib.suppress(Unanswered):
+            steps = commands.steps()
+        if ids := [steps[s.job].job for s in submissions if s.job in steps]:
+            scancel(ids)
+        for submission in submissions:
+            entry, srun = self._table.get(submission.run), self._sruns.get(submission.run)
+            if entry and entry.launched is None:
+                self._table.drop(submission.run)
+            elif srun and submission.job not in steps:
+                srun.terminate()  # it still waits for its step
+
+    def slots(self) -> int | None:
+        return self._settings.nodes * script.per_node(self._settings)
+
+    def close(self) -> None:
+        """Stop the heartbeat: the holder ends by itself unless a controller is soon back."""
+        self._closed.set()
+
+    def release(self) -> None:
+        """Give all nodes back now: the campaign is over."""
+        self.close()
+        with contextlib.suppress(Unanswered):
+            self._look()
+        if holders := [holder.row.job for holder in self._holders or []]:
+            scancel(holders)
+
+    # -- heartbeat --------------------------------------------------------------------------------
+
+    def _keep_beating(self) -> None:
+        if self._beat is None:
+            self._beat = threading.Thread(target=self._beating, name="heartbeat", daemon=True)
+            self._beat.start()
+
+    def _beating(self) -> None:
+        """A thread: nobody surveys while no run is out, and proposals take minutes."""
+        path, draft = self._folder / "heartbeat", self._folder / "heartbeat.tmp"
+        count = busy = time.time_ns()  # never a number that an earlier controller wrote
+        while True:
+            count += 1
+            busy += any(not entry.finished for entry in self._table)
+            with contextlib.suppress(OSError):  # a full disk is the controller's to report
+                draft.write_text(f"{count} {busy}\n")
+                draft.replace(path)
+            if self._closed.wait(self.heartbeat_s):
+                return

@@ -1,0 +1,258 @@
+"""Each run a Slurm job of its own, submitted by submitit and followed by one query for all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from submitit import AutoExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from jobs import payload
+from jobs.config import Executor as Settings
+from jobs.errors import AutoresearchError, Paused
+from jobs.model import Run, Submission
+from jobs.submission import JobState
+from slurm import commands, script
+from slurm.commands import Busy, Row, Unanswered
+from slurm.table import Entry, Table
+
+PROBE_S = 600.0  # how long an answer to "does sacct work here?" is believed
+FIND_S = 90.0  # a restarted controller waits so long for a Slurm that does not answer
+OUTAGE_S = 30.0  # after sbatch got no answer, others are not made to wait for theirs
+
+
+class SlurmExecutor:
+    """Runs as jobs of their own.
+
+    What Slurm does not take (its limit on queued jobs is reached, slurmctld does not answer) waits
+    in a file and is submitted by a later `survey`: the caller sees one more pending job.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        campaign_dir: Path,
+        work: Callable[[str], None] = payload.run,
+    ) -> None:
+        """`work` is called on the node with the run's folder; it must be importable there."""
+        commands.require("sbatch", "executor.kind: slurm")
+        self._settings, self._campaign_dir, self._work = settings, campaign_dir, work
+        (campaign_dir / "submitit").mkdir(parents=True, exist_ok=True)
+        self._waiting = Table(campaign_dir / "submitit" / "waiting.json")
+        self._why_waiting = ""
+        self._outage_until = 0.0
+        self._accounting: tuple[float, bool] | None = None  # when probed, and whether it works
+
+    def submit(
+        self,
+        run: Run,
+        name: str,
+        run_dir: Path,
+        limit_s: float,
+        avoid: frozenset[str] = frozenset(),
+    ) -> Submission:
+        """Hand one run to Slurm. `limit_s`: seconds that the whole run may take.
+
+        Raises:
+            UserError: Slurm refused it for a setting; with its own words, and nothing was started.
+        """
+        entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, tuple(sorted(avoid)))
+        if job := self._try(entry):
+            return Submission(run.id, "slurm", job)
+        self._waiting.put(entry)
+        return Submission(run.id, "slurm", name)
+
+    def _try(self, entry: Entry) -> str | None:
+        """The job's id, or None where it has to wait. Raises UserError."""
+        if time.monotonic() < self._outage_until:
+            return None
+        try:
+            return self._sbatch(entry)
+        except Busy as error:
+            self._why_waiting = f"Slurm takes no more jobs for now: {error}"
+        except Unanswered as error:
+            self._outage_until = time.monotonic() + OUTAGE_S
+            self._why_waiting = f"sbatch got no answer: {error}"
+        return None
+
+    def _sbatch(self, entry: Entry) -> str:
+        folder = script.job_folder(self._campaign_dir, entry.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = script.sbatch_parameters(
+            self._settings, entry.name, folder, entry.limit_s, entry.avoid
+        )
+        job_executor = AutoExecutor(folder, cluster="slurm")
+        job_executor.update_parameters(**{f"slurm_{k}": v for k, v in parameters.items()})
+        # submitit would run sbatch in our environment, where an outer job's SBATCH_* and SLURM_*
+        # win over the script's options, and with no limit on its time.
+        job_executor._executor._make_submission_command = script.sbatch_argv
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
+                return job_executor.submit(self._work, entry.run_dir).job_id
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise commands.refusal(_sbatch_words(error)) from None
+
+    # -- what became of them ----------------------------------------------------------------------
+
+    def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
+        """State by run id. One squeue; scontrol and sacct once each, only where jobs are missing.
+
+        None: Slurm did not answer, which says nothing about any job.
+        """
+        try:
+            rows = self._rows(submissions)
+        except Unanswered:
+            return None
+        self._submit_waiting(submissions, rows)
+        return {s.run: self._state(s, rows) for s in submissions}
+
+    def _rows(self, submissions: Sequence[Submission]) -> dict[str, Row]:
+        """Rows by job id and by name. Raises Unanswered."""
+        found = commands.queue()
+        rows = {**commands.by_name(found), **commands.by_job(found)}
+        missing = [s.job for s in submissions if s.job not in rows and s.job.isdigit()]
+        if missing:
+            more = commands.by_job(commands.remembered(missing))
+            if (absent := set(missing) - set(more)) and self._has_accounting():
+                more = {**more, **commands.by_job(commands.accounting(jobs=absent))}
+            rows |= more
+        return rows
+
+    def _state(self, submission: Submission, rows: Mapping[str, Row]) -> JobState:
+        if row := rows.get(submission.job):
+            return state_of(row, self._last_words(row))
+        if self._waiting.get(submission.run):
+            return JobState("pending", self._why_waiting)
+        return JobState("absent", "Slurm does not know the job any more")
+
+    def _submit_waiting(self, submissions: Sequence[Submission], rows: Mapping[str, Row]) -> None:
+        """Try those again that had to wait, until one still has to."""
+        wanted = {s.run for s in submissions}
+        for entry in self._waiting:
+            if entry.name in rows or entry.run not in wanted:
+                self._waiting.drop(entry.run)  # an sbatch without an answer had succeeded; or ended
+            elif self._try(entry):
+                self._waiting.drop(entry.run)
+            else:
+                break
+
+    def _last_words(self, row: Row) -> str:
+        """The end of a failed job's own log: why Python did not even start, say."""
+        if row.state != "FAILED":
+            return ""
+        folder = script.job_folder(self._campaign_dir, row.name)
+        return last_line(folder / f"{row.job}_0_log.out")
+
+    def _has_accounting(self) -> bool:
+        if self._accounting is None or time.monotonic() - self._accounting[0] > PROBE_S:
+            self._accounting = (time.monotonic(), commands.has_accounting())
+        return self._accounting[1]
+
+    # -- after a kill -----------------------------------------------------------------------------
+
+    def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
+        """Submissions that exist under these names: in Slurm, in its accounts, or by their claims.
+
+        Raises:
+            Paused: Slurm does not answer. Taking that for "not there" would run things twice.
+        """
+        wanted = {name: run_id(name) for name in names}
+        jobs = self._jobs_named(wanted)
+        found = {n: Submission(wanted[n], "slurm", job) for n, job in jobs.items() if n in wanted}
+        for name, run in wanted.items():
+            if name not in found and self._waiting.get(run):
+                found[name] = Submission(run, "slurm", name)
+            elif name not in found and (job := self._claimed_by(run)):
+                found[name] = Submission(run, "slurm", job)
+        return found
+
+    def _jobs_named(self, names: Iterable[str]) -> dict[str, str]:
+        deadline = time.monotonic() + FIND_S
+        while True:
+            try:
+                rows = dict(commands.by_name(commands.queue()))
+                if (gone := set(names) - set(rows)) and self._has_accounting():
+                    rows |= commands.by_name(commands.accounting(names=sorted(gone)))
+                return {name: row.job for name, row in rows.items()}
+            except Unanswered as error:
+                if time.monotonic() > deadline:
+                    raise Paused(
+                        f"looking for this campaign's jobs: {error}",
+                        "Start again when squeue answers; nothing was submitted meanwhile",
+                    ) from None
+                time.sleep(2)
+
+    def _claimed_by(self, run: str) -> str | None:
+        """The job that a run's payload said it was; Slurm forgets ended jobs after MinJobAge."""
+        try:
+            claim = self._campaign_dir / "runs" / run.replace("-", "/", 1) / "claim.json"
+            return json.loads(claim.read_text()).get("slurm_job")
+        except OSError:
+            return None
+
+    def cancel(self, submissions: Sequence[Submission]) -> None:
+        """End these runs' jobs. Where Slurm does not answer, their time limits end them."""
+        self._waiting.drop(*(s.run for s in submissions))
+        if jobs := [s.job for s in submissions if s.job.isdigit()]:
+            scancel(jobs)
+        if names := [s.job for s in submissions if not s.job.isdigit()]:
+            scancel([f"--name={name}" for name in names])
+
+    def slots(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        """Jobs go on: who starts the controller again finds them."""
+
+
+def state_of(row: Row, last_words: str = "") -> JobState:
+    """A job's row in the controller's terms; a permanent reason comes with its remedy."""
+    phase = commands.phase(row.state)
+    reason = row.reason if phase == "pending" else row.state
+    cure = commands.remedy(row.reason) if phase == "pending" else None
+    if cure:
+        reason = f"{row.reason}: {cure}"
+    elif phase == "ended" and row.reason not in ("None", "", row.state):
+        reason = f"{row.state}, {row.reason}"
+    return JobState(
+        phase,
+        f"{reason}: {last_words}" if last_words else reason,
+        node=row.nodes or None,
+        permanent=cure is not None,
+        queue_s=row.queue_s,
+        preempted=row.state == "PREEMPTED",
+    )
+
+
+def last_line(log: Path) -> str:
+    """The last words in a log; empty where there are none."""
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+
+
+def run_id(name: str) -> str:
+    """'night-e0042-s1-a1' -> 'e0042-s1-a1'."""
+    return "-".join(name.split("-")[-3:])
+
+
+def scancel(what: Sequence[str]) -> None:
+    try:
+        commands.ask(["scancel", *what])
+    except AutoresearchError:
+        return  # ended meanwhile, or no answer: the time limit ends what this could not
+
+
+def _sbatch_words(error: Exception) -> str:
+    """sbatch's own lines, out of submitit's report of a failed command."""
+    said = [
+        line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines()
+    ]
+    return commands.words("\n".join(said)) or f"sbatch: {error.__cause__}"

@@ -1,0 +1,226 @@
+"""The exact text of every job: what sbatch is given and how srun is called, as pure functions."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import _make_sbatch_string as submitit_script
+
+from jobs.config import Executor as Settings
+from slurm.commands import environment
+
+HEARTBEAT_S = 15.0  # how often a controller shows that it is there
+STALE_S = 300.0  # without a heartbeat, a holder gives its nodes back
+IDLE_S = 1800.0  # without a run: a proposal may take 20 minutes
+STEP_START_S = 60  # a step that finds no room within is tried again elsewhere
+
+
+def minutes(limit_s: float, margin_s: float) -> int:
+    """Slurm's time limits are whole minutes; the budget itself is enforced by the run."""
+    return max(1, math.ceil((limit_s + margin_s) / 60))
+
+
+def job_folder(campaign_dir: Path, name: str) -> Path:
+    """Where submitit keeps a job: apart from run folders, and never bound into a container."""
+    return campaign_dir.absolute() / "submitit" / name
+
+
+def per_node(settings: Settings) -> int:
+    """Runs at once on each node that an allocation holds."""
+    return math.ceil(settings.slots / settings.nodes)
+
+
+# -- each run a job of its own --------------------------------------------------------------------
+
+
+def sbatch_parameters(
+    settings: Settings, name: str, folder: Path, limit_s: float, avoid: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What submitit's AutoExecutor is told, without the prefix slurm_ of its names."""
+    gpus, extra = _gpu_option(settings, settings.gpus), {}
+    extra |= {"export": "ALL", "no-requeue": True, "chdir": str(folder)}
+    extra |= {gpus[0]: gpus[1]} if gpus else {}
+    extra |= {"reservation": settings.reservation} if settings.reservation else {}
+    parameters = {
+        "job_name": name,
+        "time": minutes(limit_s, settings.margin),
+        "nodes": 1,
+        "cpus_per_task": settings.cpus,
+        "mem": settings.memory,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "exclude": ",".join(sorted({*settings.exclude, *avoid})) or None,
+        "signal_delay_s": 5,  # submitit's 90 s would end short runs early
+        "stderr_to_stdout": True,
+        "use_srun": False,  # one process less; the run watches itself
+        "setup": [f"export AUTORESEARCH_RUN_NAME={shlex.quote(name)}", *_setup(settings)],
+        "additional_parameters": extra,
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def sbatch_text(
+    settings: Settings,
+    name: str,
+    campaign_dir: Path,
+    limit_s: float,
+    avoid: Iterable[str] = (),
+) -> str:
+    """The script that submitit submits for a run, as `run --dry-run` prints it."""
+    folder = job_folder(campaign_dir, name)
+    return submitit_script(
+        command=submitit_command(folder),
+        folder=folder,
+        **sbatch_parameters(settings, name, folder, limit_s, avoid),
+    )
+
+
+def sbatch_argv(script: str | Path) -> list[str]:
+    """How a script is submitted: with a limit on sbatch's time, and from a clean environment.
+
+    The script says --export=ALL, of that environment: with NONE, NIL or a list of names Slurm would
+    add what a login shell exports, which takes seconds and may hold the user's keys.
+    """
+    clean = [f"{name}={value}" for name, value in environment().items()]
+    return ["timeout", "60", "env", "-i", *clean, "sbatch", str(script)]
+
+
+def submitit_command(folder: Path) -> str:
+    return f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+
+
+# -- steps in an allocation -----------------------------------------------------------------------
+
+
+def step_argv(
+    settings: Settings,
+    name: str,
+    campaign_dir: Path,
+    limit_s: float,
+    holder: str,
+    node: str,
+) -> list[str]:
+    """The srun of one run inside the job `holder`, on one of its nodes."""
+    folder = job_folder(campaign_dir, name)
+    gpus = _gpu_option(settings, settings.gpus)
+    argv = ["srun", f"--jobid={holder}", "--exact", "--nodes=1", "--ntasks=1"]
+    argv += [f"--cpus-per-task={settings.cpus}", f"--nodelist={node}"]
+    argv += [f"--{gpus[0]}={gpus[1]}"] if gpus else []
+    argv += [f"--mem={settings.memory or 0}"]  # 0: what the job has; the first step takes none away
+    argv += [f"--time={minutes(limit_s, settings.margin)}", f"--immediate={STEP_START_S}"]
+    argv += [f"--job-name={name}", "--input=none", "--unbuffered"]
+    # With %t the node writes the file itself: it outlives both processes of this srun.
+    argv += [f"--output={folder}/step-%t.log"]
+    return [*argv, "bash", "-c", "\n".join([*_setup(settings), f"exec {submitit_command(folder)}"])]
+
+
+def holder_name(campaign_dir: Path) -> str:
+    """Name of the jobs that hold nodes for a campaign; the path tells equal names apart."""
+    digest = hashlib.sha256(os.fsencode(campaign_dir.absolute())).hexdigest()[:8]
+    return f"hold-{campaign_dir.name}-{digest}"
+
+
+def holder_text(
+    settings: Settings,
+    campaign_dir: Path,
+    limit_s: float,
+    avoid: Iterable[str] = (),
+    stale_s: float = STALE_S,
+    idle_s: float = IDLE_S,
+) -> str:
+    """The script of a job that holds nodes until nobody needs them.
+
+    It compares two counters in a file that the controller rewrites: one is the heartbeat, the other
+    stands still while no run is wanted. Only changes count, so no clocks are compared. Running
+    steps are let finish, as far as squeue can be asked from a node.
+    """
+    count = per_node(settings)
+    options: dict[str, Any] = {
+        "job-name": holder_name(campaign_dir),
+        "nodes": settings.nodes,
+        "ntasks-per-node": count,
+        "cpus-per-task": settings.cpus,
+        "time": math.ceil(settings.hold_hours * 60),
+        "mem": _times(settings.memory, count),
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "reservation": settings.reservation,
+        "exclude": ",".join(sorted({*settings.exclude, *avoid})) or None,
+        "output": campaign_dir.absolute() / "submitit" / "holder-%j.log",
+        "export": "ALL",
+    }
+    total = count * settings.nodes if settings.gpu_syntax == "gpus" else count
+    if gpus := _gpu_option(settings, _times_gpus(settings.gpus, total)):
+        options[gpus[0]] = gpus[1]
+    lines = [f"#SBATCH --{k}={v}" for k, v in options.items() if v is not None]
+    lines += [
+        "#SBATCH --no-requeue",
+        "#SBATCH --no-kill",
+    ]  # a node that dies takes only its own runs
+    beat = shlex.quote(str(campaign_dir.absolute() / "submitit" / "heartbeat"))
+    grace = math.ceil(limit_s + settings.margin)
+    return "\n".join(
+        ["#!/bin/bash", *lines, _WATCH.format(beat=beat, stale=stale_s, idle=idle_s, grace=grace)]
+    )
+
+
+_WATCH = """
+beat= busy= alive=0 used=0
+while sleep 2; do
+  read -r b w 2>/dev/null <{beat} || b=$beat w=$busy
+  [ "$b" = "$beat" ] || {{ beat=$b alive=$SECONDS; }}
+  [ "$w" = "$busy" ] || {{ busy=$w used=$SECONDS; }}
+  if [ $((SECONDS - alive)) -gt {stale:.0f} ]; then
+    why="no heartbeat of the controller for {stale:.0f} s"
+    [ $((SECONDS - alive)) -lt $(({stale:.0f} + {grace})) ] || break
+  elif [ $((SECONDS - used)) -gt {idle:.0f} ]; then
+    why="nothing to run for {idle:.0f} s"
+  else
+    continue
+  fi
+  steps=$(squeue --steps -h -j "$SLURM_JOB_ID" -o %i) || continue
+  grep -qvE '\\.(batch|extern)$' <<<"$steps" || break
+done
+echo "giving the nodes back: $why"
+"""
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def _setup(settings: Settings) -> list[str]:
+    """The site's lines before a run. With the minimal environment, `module` has to be defined."""
+    if not settings.setup:
+        return []
+    return ["type module >/dev/null 2>&1 || . /etc/profile", *settings.setup]
+
+
+def _gpu_option(settings: Settings, gpus: str) -> tuple[str, str] | None:
+    if settings.gpu_syntax == "none":
+        return None
+    return settings.gpu_syntax, f"gpu:{gpus}" if settings.gpu_syntax == "gres" else gpus
+
+
+def _times_gpus(gpus: str, count: int) -> str:
+    """('h100:1', 4) -> 'h100:4'."""
+    model, colon, number = gpus.rpartition(":")
+    return f"{model}{colon}{int(number) * count}"
+
+
+def _times(memory: str | None, count: int) -> str | None:
+    """('32G', 4) -> '128G'."""
+    if memory is None:
+        return None
+    number = memory.rstrip("KMGTkmgtBb")
+    return f"{int(number) * count}{memory[len(number) :]}"
