@@ -21,7 +21,15 @@ UPPER = ("jobs.controller", "jobs.night", "jobs.demo", "jobs.cli", "jobs.__main_
 # What the other packages may know. jobs.submission holds the executors' protocol.
 PACKAGES = {
     "agent": ("agent", *PURE),
-    "slurm": ("slurm", "containers", *PURE, "jobs.submission", "jobs.config", "jobs.process"),
+    "slurm": (
+        "slurm",
+        "containers",
+        *PURE,
+        "jobs.submission",
+        "jobs.config",
+        "jobs.process",
+        "jobs.payload",
+    ),
     "containers": ("containers", *PURE),
     "trainer": ("trainer",),
 }
