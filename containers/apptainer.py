@@ -98,10 +98,20 @@ def _expect(target: Path, what: str, log: Path) -> None:
         raise ImageError(f"{what} failed. All of its output is in {log}; it ends with:\n{words}")
 
 
+class _Once(io.StringIO):
+    """Leaves out what repeats the text before it: spython prints every error twice."""
+
+    last = ""
+
+    def write(self, text: str) -> int:
+        repeated, self.last = text.rstrip() == self.last, text.rstrip() or self.last
+        return 0 if repeated and self.last else super().write(text)
+
+
 @contextlib.contextmanager
 def _recorded(log: Path) -> Iterator[None]:
     """Everything on standard output goes to `log`: the child's own, and what spython prints."""
-    printed = io.StringIO()
+    printed = _Once()
     with log.open("ab") as file:
         kept = os.dup(1)
         os.dup2(file.fileno(), 1)

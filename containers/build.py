@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,16 +20,16 @@ from containers.apptainer import ImageError
 from containers.images import Image
 
 HERE = Path(__file__).resolve().parent
+SCRIPTS = ("seal.py", "inside.py")
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a site's build needs of the site. None of it stays in the image."""
+    """What a build needs of its site. It is bound to /mnt meanwhile: none of it stays inside."""
 
     ca_bundle: Path | None = None  # PEM, for pip
     pip_conf: Path | None = None  # package index
     wheels: Path | None = None  # folder of wheels to prefer
-    binds: tuple[Path, ...] = ()  # more folders, at their own paths (a file:// index)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Recipe:
     arguments: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def scripts(self) -> tuple[Path, ...]:
+        """What %post runs besides: those of the definition's own version, where it has them."""
+        own = self.definition.parent
+        folder = own if (own / SCRIPTS[0]).exists() else HERE
+        return tuple(folder / name for name in SCRIPTS)
+
+    @property
     def sha256(self) -> str:
         """Of definition, arguments, sealed files and scripts: equal, and the images are alike as
         far as the mirrors serve the same packages."""
@@ -47,7 +55,7 @@ class Recipe:
             "definition": self.definition.read_text(),
             "arguments": dict(self.arguments),
             "evaluator": seal.evaluator_sha256(self.trainer),
-            "scripts": [(HERE / name).read_text() for name in ("seal.py", "inside.py")],
+            "scripts": [path.read_text() for path in self.scripts],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -75,13 +83,15 @@ def build(
     for name in recipe.arguments:
         if name not in known or name in ("CONTEXT", "RECIPE"):
             raise ImageError(f"{recipe.definition.name} takes {', '.join(known)}, not {name!r}")
-    with _draft(store) as (draft, log), _staged(recipe, site or Site()) as (context, binds):
+    with fresh(store) as (draft, log), _staged(recipe, site or Site()) as context:
         arguments = {**recipe.arguments, "CONTEXT": str(context), "RECIPE": recipe.sha256}
-        options = command.build_arguments(arguments, binds)
+        options = command.build_options(arguments, str(context / "site"))
         apptainer.build(recipe.definition, draft, options, log)
         if key:  # changes the file: before its hash is taken
             apptainer.run(command.sign(str(draft), str(key)), f"Signing {draft}")
-        image = images.add(store, draft, describe(draft, f"built from {recipe.definition.name}"))
+        found = describe(draft, f"built from {recipe.definition.name}")
+        found = dataclasses.replace(found, arguments=dict(recipe.arguments))
+        image = images.add(store, draft, found)
         log.replace(Path(image.path).with_suffix(".log"))
     images.tag(store, image.sha256, tag)
     return image
@@ -95,14 +105,8 @@ def describe(file: Path, origin: str) -> Image:
     """
     told = apptainer.inspect(file)
     flash = told["labels"].get("autoresearch.flash_attn", "none") != "none"
-    script = [
-        command.PYTHON,
-        "/opt/autoresearch/inside.py",
-        "report",
-        *(["flash"] if flash else []),
-    ]
-    start = ["apptainer", "--quiet", "exec", "--containall", "--cleanenv", "--no-home"]
-    out = apptainer.run([*start, "--pwd", "/", str(file), *script], f"Testing the image {file}")
+    script = (command.PYTHON, "/opt/autoresearch/inside.py", "report", "flash" if flash else "")
+    out = apptainer.run(command.plain(str(file), script), f"Testing the image {file}")
     report = json.loads(out.splitlines()[-1])
     for label, text in report["labels"].items():
         if told["labels"].get(label) != text:
@@ -134,7 +138,7 @@ def verify(image: Image, key: Path | None = None) -> None:
 
 
 @contextmanager
-def _draft(store: Path) -> Iterator[tuple[Path, Path]]:
+def fresh(store: Path) -> Iterator[tuple[Path, Path]]:
     """A fresh path on the store's file system (a rename is then atomic), and one for the log."""
     store.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=store, prefix=".new-"))
@@ -147,23 +151,21 @@ def _draft(store: Path) -> Iterator[tuple[Path, Path]]:
 
 
 @contextmanager
-def _staged(recipe: Recipe, site: Site) -> Iterator[tuple[Path, list[command.Mount]]]:
-    """The folder that %files copies from, and the binds that bring the site to %post."""
+def _staged(recipe: Recipe, site: Site) -> Iterator[Path]:
+    """The folder that %files copies from; its site/ is what %post finds at /mnt."""
     with tempfile.TemporaryDirectory(prefix="autoresearch-image-") as name:
         context = Path(name)
         seal.copy_sealed(recipe.trainer, context / "trainer")
         (context / "containers").mkdir()
-        for script in ("seal.py", "inside.py"):
-            shutil.copyfile(HERE / script, context / "containers" / script)
+        for script in recipe.scripts:
+            shutil.copyfile(script, context / "containers" / script.name)
         (context / "site" / "wheels").mkdir(parents=True)
         for source, target in ((site.ca_bundle, "ca.crt"), (site.pip_conf, "pip.conf")):
             if source:
                 shutil.copyfile(source, context / "site" / target)
         for wheel in site.wheels.glob("*.whl") if site.wheels else ():
             _link(wheel, context / "site" / "wheels" / wheel.name)
-        binds = [command.Mount(str(context / "site"), "/mnt")]
-        binds += [command.Mount(str(path), str(path)) for path in site.binds]
-        yield context, binds
+        yield context
 
 
 def _link(source: Path, target: Path) -> None:

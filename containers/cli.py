@@ -47,7 +47,10 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         AutoresearchError: in words, what failed.
     """
-    value, text = _VERBS[args.verb](args)
+    try:
+        value, text = _VERBS[args.verb](args)
+    except OSError as error:
+        raise images.ImageError(f"image {args.verb} failed: {error}") from error
     print(json.dumps(value, indent=1) if args.json else text)
     return int(args.verb == "doctor" and any(item["status"] == "failure" for item in value))
 
@@ -65,9 +68,6 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca-bundle", type=Path, help="the site's certificates (PEM), for pip")
     parser.add_argument("--pip-conf", type=Path, help="the site's package index")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to prefer")
-    parser.add_argument(
-        "--bind", type=Path, action="append", default=[], help="folder visible while it builds"
-    )
     parser.add_argument("--key", type=Path, help="PEM private key to sign with")
 
 
@@ -80,7 +80,7 @@ def _build(args: argparse.Namespace) -> tuple[Any, str]:
     if wrong:
         raise images.ImageError(f"--set {wrong[0]}: write NAME=VALUE")
     recipe = build.Recipe(definition, arguments=dict(item.split("=", 1) for item in args.set))
-    site = build.Site(args.ca_bundle, args.pip_conf, args.wheels, tuple(args.bind))
+    site = build.Site(args.ca_bundle, args.pip_conf, args.wheels)
     image = build.build(args.store, args.tag or definition.stem, recipe, site, args.key)
     return _plain(image), _line(args.tag or definition.stem, image)
 
@@ -95,19 +95,8 @@ def _list(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _inspect(args: argparse.Namespace) -> tuple[Any, str]:
-    image = images.find(args.store, args.image)
-    value = _plain(image)
-    labels = [f"  {name}: {text}" for name, text in sorted(image.labels.items())]
-    text = "\n".join(
-        [
-            *(f"{key}: {value[key]}" for key in ("path", "sha256", "size", "origin", "made")),
-            f"registry: {value['registry'] or 'none'}",
-            *("labels:", *labels),
-            *("packages:", *(f"  {name}" for name in image.packages)),
-            *("definition:", image.definition),
-        ]
-    )
-    return value, text
+    value = _plain(images.find(args.store, args.image))
+    return value, json.dumps(value, indent=1)
 
 
 def _verify(args: argparse.Namespace) -> tuple[Any, str]:

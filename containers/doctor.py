@@ -120,18 +120,10 @@ def temporary_folder() -> Finding:
 
 def isolation(image: str) -> Finding:
     """A container as a run has it: no network. A setuid installation refuses that to users."""
-    with tempfile.TemporaryDirectory() as workdir:
-        prefix = command.exec_prefix(
-            image, [], pwd="/", env={}, marker="/tmp/started", workdir=workdir
-        )
-        probe = "import socket; print(*(name for _, name in socket.if_nameindex()))"
-        done = subprocess.run(
-            [*prefix, "python", "-c", probe],
-            env=command.clean_environ(os.environ),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    probe = "import socket; print(*(name for _, name in socket.if_nameindex()))"
+    prefix = [part for part in command.referee_template(image) if "{" not in part]
+    argv = [*prefix, command.PYTHON, "-c", probe]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode == 0 and done.stdout.split() == ["lo"]:
         return Finding("container", "ok", "starts, with no network but lo")
     seen = (done.stderr or done.stdout).strip()[-300:] or f"exit status {done.returncode}"

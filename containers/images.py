@@ -38,6 +38,7 @@ class Image:
     labels: Mapping[str, str]
     packages: tuple[str, ...]  # "name==version", "deb:name=version"
     origin: str  # "built from cpu.def", or the address it was pulled from
+    arguments: Mapping[str, str] = field(default_factory=dict)  # given to the build; unknown: {}
     made: Mapping[str, str] = field(default_factory=dict)  # time (UTC), host, apptainer
     registry: Mapping[str, str] = field(default_factory=dict)  # address -> manifest digest there
 
@@ -64,7 +65,16 @@ def tags(store: Path) -> dict[str, str]:
 
 
 def every(store: Path) -> list[Image]:
-    """All images of the store, oldest first."""
+    """All images of the store, oldest first.
+
+    Raises:
+        ImageError: this user may not look into it.
+    """
+    if store.exists() and not os.access(store, os.R_OK | os.X_OK):
+        raise ImageError(
+            f"The image store {store} is not readable for this user: its owner gives the group "
+            "access (chgrp -R GROUP, chmod -R g+rX)"
+        )
     found = [_load(path) for path in store.glob("*.json")]
     return sorted(found, key=lambda image: image.made.get("time", ""))
 
@@ -130,8 +140,7 @@ def add(store: Path, file: Path, image: Image) -> Image:
         known = _read(record)
         image = dataclasses.replace(
             image,
-            origin=known["origin"],
-            made=known["made"],
+            **{name: known[name] for name in ("origin", "made", "arguments")},
             registry={**known["registry"], **image.registry},
         )
     file.chmod(0o555)  # nothing writes to it again: one byte less or more is another image

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -33,10 +34,10 @@ def pull(store: Path, uri: str, tag: str, key: Path | None = None) -> Image:
     Raises:
         ImageError: not there, not whole, not signed so, or not an image of this project.
     """
-    with build._draft(store) as (draft, log):
+    with build.fresh(store) as (draft, log):
         local = Path(uri)
         if local.is_file():
-            draft.write_bytes(local.read_bytes())
+            shutil.copyfile(local, draft)
         else:
             apptainer.pull(uri, draft, log)
         if key:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from containers import doctor
+import pytest
+
+from containers import apptainer, doctor
+from containers.apptainer import ImageError
 
 MOUNTS = """\
 /dev/sda1 / ext4 rw 0 0
@@ -78,3 +81,9 @@ def test_a_temporary_folder_that_cannot_be_written_is_a_failure(tmp_path, monkey
 def test_every_finding_that_is_not_ok_has_a_remedy():
     for finding in doctor.examine():
         assert finding.status == "ok" or finding.remedy
+
+
+def test_without_a_program_named_singularity_the_link_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ImageError, match="ln -s apptainer"):
+        apptainer.inspect(tmp_path / "x.sif")

@@ -1,0 +1,212 @@
+"""Building, signing, pushing and pulling small images with a real Apptainer, as ordinary users."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import registry
+from accounts import account
+from conftest import Person, person
+
+from containers import apptainer, command, images
+from containers.apptainer import ImageError
+from containers.images import Image
+
+pytestmark = pytest.mark.cluster
+
+LABELS = {"autoresearch.protocol": "1", "autoresearch.evaluator.sha256": "e" * 64}
+LABELS |= {"autoresearch.flash_attn": "none"}
+DEFINITION = """\
+Bootstrap: localimage
+From: {root}
+
+%arguments
+    CONTEXT=.
+    RECIPE=by-hand
+    WORD=hello
+
+%files
+    {{{{ CONTEXT }}}}/containers/seal.py /seal.py
+
+%post
+    echo "{{{{ WORD }}}}" > /word
+    echo "autoresearch.definition.sha256 {{{{ RECIPE }}}}" >> "$APPTAINER_LABELS"
+    {post}
+
+%labels
+    {labels}
+"""
+
+
+@pytest.fixture
+def root(someone: Person) -> Path:
+    """A root file system of a shell and a program that answers as an image of the project does."""
+    root = someone.folder / "root"
+    script = f"""
+        mkdir -p {root}/bin {root}/opt/autoresearch/venv/bin {root}/tmp {root}/mnt && cd {root}
+        cp /bin/sh /bin/cat bin/
+        for library in $(ldd /bin/sh /bin/cat | grep -o '/lib[^ ]*' | sort -u); do
+            cp --parents "$library" .
+        done
+        printf '#!/bin/sh\\ncat /report.json\\n' > opt/autoresearch/venv/bin/python
+        chmod 755 opt/autoresearch/venv/bin/python
+    """
+    someone.run("sh", "-ec", script)
+    report = json.dumps({"labels": LABELS, "packages": ["torch==9", "deb:gcc=12"]})
+    (root / "report.json").write_text(report + "\n")
+    return root
+
+
+@pytest.fixture
+def definition(someone: Person, root: Path):
+    """A function that writes a definition on that root: definition(post='', labels=...)."""
+
+    def write(post: str = ":", labels: dict[str, str] = LABELS) -> Path:
+        path = someone.folder / "small.def"
+        lines = "\n    ".join(f"{name} {text}" for name, text in labels.items())
+        path.write_text(DEFINITION.format(root=root, post=post, labels=lines))
+        return path
+
+    return write
+
+
+def word_in(person: Person, image: Image) -> str:
+    return person.run(*command.plain(image.path, ["cat", "/word"])).stdout
+
+
+def test_an_ordinary_user_builds_an_image_that_is_tested_and_then_tagged(someone, definition):
+    built = someone.image("build", definition(), "--tag", "small", "--json", "--set", "WORD=hi")
+    image = someone.find("small")
+    assert json.loads(built.stdout)["sha256"] == image.sha256
+    assert image.labels["autoresearch.definition.sha256"] == image.definition_sha256 != "by-hand"
+    assert image.packages == ("torch==9", "deb:gcc=12")
+    assert 'echo "hi" > /word' in image.definition
+    assert word_in(someone, image) == "hi\n"
+    log = Path(image.path).with_suffix(".log")
+    assert sorted(p.name for p in someone.store.iterdir()) == sorted(
+        ["tags", log.name, Path(image.path).name, Path(image.path).stem + ".json"]
+    )
+    assert "Build complete" in log.read_text()
+    someone.image("verify", "small")
+
+
+def test_a_failed_build_says_its_last_words_and_the_tag_stays(someone, definition):
+    someone.image("build", definition(), "--tag", "small")
+    before = someone.find("small")
+    failed = someone.image(
+        *("build", definition("echo flash-attn does not import; exit 3"), "--tag", "small"),
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert "Building small.def failed" in failed.stderr
+    assert "flash-attn does not import" in failed.stderr
+    assert someone.find("small") == before
+    assert len(list(someone.store.glob("*.sif"))) == 1
+
+
+def test_an_image_whose_labels_are_not_what_it_holds_is_refused(someone, definition):
+    lying = {**LABELS, "autoresearch.evaluator.sha256": "0" * 64}
+    failed = someone.image("build", definition(labels=lying), "--tag", "small", check=False)
+    assert failed.returncode == 1
+    assert "e" * 64 in failed.stderr
+    assert "0" * 64 in failed.stderr
+    assert not list(someone.store.glob("*.sif"))
+
+
+def test_an_argument_that_the_definition_does_not_have_is_refused_before_anything(
+    someone, definition
+):
+    failed = someone.image("build", definition(), "--set", "WRONG=1", check=False)
+    assert failed.returncode == 1
+    assert "small.def takes CONTEXT, RECIPE, WORD, not 'WRONG'" in failed.stderr
+
+
+def test_an_image_travels_by_a_registry_and_is_found_by_its_digest_there(
+    someone, definition, reachable
+):
+    someone.image("build", definition(), "--tag", "small")
+    image = someone.find("small")
+    (reachable / "registry").mkdir()
+    other = person("apptester2", reachable / "other")
+    with registry.serve(reachable / "registry") as host:
+        plain = {"APPTAINER_NOHTTPS": "true"}
+        someone.image("push", "small", f"oras://{host}/lab/small:v1", **plain)
+        digest = someone.find("small").registry_digest
+        assert digest == (reachable / "registry" / "lab_small@v1").read_text()
+        address = f"oras://{host}/lab/small"
+        other.image("pull", f"{address}@{digest}", "--tag", "theirs", **plain)
+        pulled = other.find(digest)
+        assert (pulled.sha256, pulled.registry) == (image.sha256, {address: digest})
+        assert not (Path("/home") / other.name / ".apptainer" / "cache" / "oras").exists()
+        missing = other.image("pull", f"{address}:v2", "--tag", "x", check=False, **plain)
+    assert missing.returncode == 1
+    assert f"Pulling {address}:v2 failed" in missing.stderr
+    assert images.tags(other.store) == {"theirs": image.sha256}
+
+
+def test_a_file_that_is_not_an_image_of_this_project_is_not_taken_in(someone, tiny):
+    failed = someone.image("pull", tiny, "--tag", "tiny", check=False)
+    assert failed.returncode == 1
+    assert "Testing the image" in failed.stderr
+    assert not list(someone.store.glob("*.sif"))
+
+
+def test_a_signature_is_checked_and_a_flipped_byte_is_found_with_both_digests(someone, definition):
+    private, public = someone.folder / "private.pem", someone.folder / "public.pem"
+    other = someone.folder / "other.pem"
+    for secret, shown in ((private, public), (someone.folder / "p2.pem", other)):
+        someone.run("openssl", "genrsa", "-out", secret, "2048")
+        someone.run("openssl", "rsa", "-in", secret, "-pubout", "-out", shown)
+    someone.image("build", definition(), "--tag", "signed", "--key", private)
+    image = someone.find("signed")
+    images.check(image)  # its sha256 is that of the signed file
+    assert "Signature valid" in someone.image("verify", "signed", "--key", public).stdout
+    wrong = someone.image("verify", "signed", "--key", other, check=False)
+    assert "signature" in wrong.stderr
+    assert wrong.returncode == 1
+    path = Path(image.path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o755)
+    path.write_bytes(content)
+    changed = someone.image("verify", "signed", check=False)
+    assert changed.returncode == 1
+    for digest in (image.sha256, images.sha256(path)):
+        assert digest in changed.stderr
+
+
+def test_a_second_user_verifies_and_runs_from_a_store_that_the_group_may_read(
+    someone, definition, reachable
+):
+    someone.image("build", definition(), "--tag", "small")
+    account("apptester2")
+    subprocess.run(["groupadd", "--force", "apptesters"], check=True)
+    subprocess.run(["usermod", "-aG", "apptesters", "apptester2"], check=True)
+    subprocess.run(["chgrp", "-R", "apptesters", someone.store], check=True)
+    subprocess.run(["chmod", "-R", "o-rwx", someone.store], check=True)
+    other = person("apptester2", reachable / "other", someone.store)
+    assert someone.find("small").path in other.image("verify", "small").stdout
+    assert word_in(other, other.find("small")) == "hello\n"
+    refused = other.image("tag", "small", "mine", check=False)  # readable is not writable
+    assert "image tag failed: [Errno 13] Permission denied" in refused.stderr
+    stranger = person("apptester3", reachable / "stranger", someone.store)
+    assert "not readable for this user" in stranger.image("list", check=False).stderr
+
+
+def test_the_machine_is_fit_for_apptainer_and_doctor_says_so_as_an_ordinary_user(someone):
+    told = json.loads(someone.image("doctor", "--json").stdout)
+    assert {finding["check"]: finding["status"] for finding in told} == dict.fromkeys(
+        [
+            *("apptainer", "/dev/fuse", "squashfuse", "user namespaces", "subuid"),
+            "APPTAINER_TMPDIR",
+        ],
+        "ok",
+    )
+
+
+def test_inspecting_what_is_no_image_says_so():
+    with pytest.raises(ImageError, match=r"Inspecting /nowhere.sif failed"):
+        apptainer.inspect(Path("/nowhere.sif"))
