@@ -1,0 +1,186 @@
+"""Whole campaigns through the test server: the real controller, local runs, and a faulty API."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server import KEY, Reply, Server, edit, last_result, step, submit, text_of, use
+
+from agent import constants
+from jobs.history import fold
+
+ROOT = Path(__file__).parents[2]
+FAULTS = ("529", "429", "mid-stream-error", "clean-drop", "chunked-drop", "max-tokens", "prose")
+
+
+def a_third(call: int) -> str | None:
+    """A fault at every third call, each kind in its turn."""
+    return FAULTS[call // 3 % len(FAULTS)] if call % 3 == 1 else None
+
+
+def lab(folder: Path, files: dict[str, str], settings: dict[str, Any]) -> Path:
+    """A git repository with these files and a campaign.yaml."""
+    folder.mkdir()
+    for path, text in {**files, "campaign.yaml": json.dumps(settings)}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    who = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "start"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder
+
+
+def run(folder: Path, timeout: float, **environ: str) -> str:
+    """`autoresearch run` in the lab, with the key in its environment."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "run"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    lines = next(folder.glob("campaigns/*/ledger.jsonl")).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def holds_key(folder: Path) -> list[Path]:
+    """Files anywhere in the lab, git's own among them, in which the key can be read."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+SCORE = """\
+import json, os, runpy
+x = runpy.run_path(os.environ["AUTORESEARCH_PROGRAM"] + "/shape.py")["x"]
+print(json.dumps({"distance": abs(x - 3.0)}))
+"""
+
+
+def descends(request: dict[str, Any]) -> Reply:
+    """Plans from the history alone: a step down the slope, half as far after each loss."""
+    opening = request["messages"][0]["content"][0]["text"]
+    assert "# History" in opening
+    if step(request) == 0:
+        latest = re.findall(r"^(e\d+) (?:keep|discard)", opening, flags=re.M)[-1]
+        return Reply((use("read_experiment", experiment=latest, what="diff"),))
+    losses = int(re.search(r"(\d+) decided since the last keep", opening).group(1))
+    x = float(re.search(r"^x = (\S+)", request["system"][1]["text"], flags=re.M).group(1))
+    if step(request) == 1:
+        new = {"old_str": f"x = {x}", "new_str": f"x = {round(x - 2.0 / 2**losses, 6)}"}
+        return Reply((edit(command="str_replace", path="shape.py", **new),))
+    return Reply((submit(f"a step from {x} after {losses} losses", "x", "down"),))
+
+
+def test_twenty_experiments_by_a_faulty_api_keep_what_is_better_and_nothing_else(tmp_path):
+    with Server(descends, a_third) as server:
+        task = {
+            "kind": "general",
+            "editable": ["shape.py"],
+            "command": ["python", "shape.py"],
+            "scorer": {"command": ["python", "score.py"], "files": ["score.py"]},
+            "metric": "distance",
+        }
+        agent = {"kind": "anthropic", "base_url": server.url, "outage_patience": 30}
+        limits = {"experiments": 21}
+        settings = {"task": task, "agent": agent, "limits": limits, "confirm": {"runs": 0}}
+        files = {"shape.py": "x = 12.0\n", "score.py": SCORE, "program.md": "# Find the x\n"}
+        folder = lab(tmp_path / "lab", files, {**settings, "budget": {"wall": 10}})
+        run(folder, timeout=120)
+    told = events(folder)
+    state = fold(told)
+    records = list(state.experiments("main"))
+    assert len(records) == 21
+    assert len({record.commit for record in records}) == 21
+    best = records[0].metric
+    for record in records[1:]:
+        assert record.status == "ok"
+        better = record.metric < best
+        assert record.verdict == ("keep" if better else "discard"), record
+        best = min(best, record.metric)
+    assert best < 0.1
+    assert state.spent.dollars >= server.dollars > 0
+    assert not state.requests
+    openings = [text_of(c.request) for c in server.calls if step(c.request) == 0]
+    for record in records[:-1]:  # each was in a request once it had been decided
+        assert any(f"{record.id} {record.verdict}" in text for text in openings)
+    diffs = [last_result(c.request) for c in server.calls if step(c.request) == 1]
+    assert any("+x = " in diff for diff in diffs)
+    assert holds_key(folder) == []
+
+
+IDEAS = [
+    ("matrix_rate", 0.08),
+    ("warmdown", 0.9),
+    ("embedding_rate", 0.02),
+    ("head_rate", 0.02),
+    ("matrix_rate", 0.002),
+    ("muon_beta2", 0.9),
+    ("rotary_base", 1000),
+    ("scalar_rate", 0.2),
+    ("weight_decay", 0.05),
+    ("momentum_steps", 30),
+    ("matrix_rate", 0.12),
+    ("embedding_rate", 1.2),
+    ("head_rate", 0.008),
+    ("adam_beta2", 0.9),
+    ("warmdown", 0.75),
+    ("logit_cap", 30.0),
+    ("injection_scale", 0.3),
+    ("adam_beta1", 0.9),
+    ("momentum_start", 0.7),
+    ("matrix_scale", 0.7),
+]
+
+
+def tunes(request: dict[str, Any]) -> Reply:
+    """Tries the first idea that the history does not show, on the program that it was shown."""
+    told = request["messages"][0]["content"][0]["text"]
+    name, value = next((n, v) for n, v in IDEAS if f": {n} to {v}" not in told)
+    if step(request) == 1:
+        return Reply((submit(f"{name} to {value}", name),))
+    text = re.search(r"<data>\n(.*)\n</data>", request["system"][1]["text"], flags=re.S).group(1)
+    changed = constants.replace(text, {name: value}, "cpu") + "\n"
+    return Reply((edit(command="create", path="trainer/train.py", file_text=changed),))
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.proof)])
+def test_a_night_of_real_training_by_a_faulty_api(tmp_path, count):
+    files = {
+        "trainer/train.py": (ROOT / "trainer" / "train.py").read_text(),
+        "program.md": (ROOT / "program.md").read_text(),
+    }
+    with Server(tunes, a_third) as server:
+        agent = {"kind": "anthropic", "base_url": server.url, "outage_patience": 60}
+        settings = {"agent": agent, "limits": {"experiments": count + 1}, "confirm": {"runs": 0}}
+        folder = lab(tmp_path / "lab", files, {**settings, "budget": {"tokens": 110_000}})
+        # Without a compiler the program runs eagerly: 80 steps compile for longer than they train.
+        run(folder, timeout=150 * (count + 1), CXX="none")
+    told = events(folder)
+    state = fold(told)
+    records = list(state.experiments("main"))
+    assert len(records) == count + 1
+    best = None
+    for record in records:
+        result = state.result(record.runs[0])
+        assert (result.status, result.steps or 0) >= ("ok", 50), result
+        assert result.metric < 8.0 / 2  # an untrained model has about 11 bits per token
+        assert record.verdict == ("keep" if best is None or record.metric < best else "discard")
+        best = record.metric if best is None else min(best, record.metric)
+    wanted = [f"{name} to {value}" for name, value in IDEAS[:count]]
+    assert [record.description for record in records[1:]] == wanted
+    assert state.spent.dollars >= server.dollars
+    assert holds_key(folder) == []
