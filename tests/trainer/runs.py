@@ -13,9 +13,10 @@ import tempfile
 import textwrap
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import prepare
 from corpora import Source
@@ -128,18 +129,28 @@ KNOWN_FILES |= {"scorer.log", "scorer.out"}
 
 
 def start(
-    folder: Path, program: str, user: int | None = None, through: Sequence[str] = (), **task
+    folder: Path,
+    program: str,
+    user: int | None = None,
+    *,
+    prelude: str = UNIFORM,
+    files: Mapping[str, str] = MappingProxyType({}),
+    through: Sequence[str] = (),
+    **task,
 ) -> Started:
-    """Write a program and its task below `folder`, and start a wrapper on it.
+    """Write a program (after its prelude) and its task below `folder`, and start a wrapper on it.
 
-    `program` follows UNIFORM's definitions. `user`: run all of it as that user (needs root).
-    `through`: what stands in front of the wrapper's command.
+    Args:
+        user: run all of it as that user (needs root).
+        files: more of the experiment's snapshot, by name.
+        through: what stands in front of the wrapper's command.
     """
     marker = f"test-{uuid.uuid4().hex}"
     place, run_dir = folder / "program", folder / "run"
     place.mkdir()
     run_dir.mkdir()
-    (place / "train.py").write_text(UNIFORM + textwrap.dedent(program))
+    for name, text in {"train.py": prelude + textwrap.dedent(program), **files}.items():
+        (place / name).write_text(text)
     values = {
         "kind": "nanochat",
         "program": str(place),

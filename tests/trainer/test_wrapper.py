@@ -291,12 +291,11 @@ def test_walls_that_are_asked_for_and_refused_are_infrastructure(folder):
 
 
 def test_sealed_prepare_comes_before_one_of_the_experiments(folder):
-    (folder / "own").mkdir()
-    started = start(folder, "import prepare, mine\nprint('FROM', prepare.__file__)\n" + HONEST)
-    (folder / "program" / "prepare.py").write_text("raise SystemExit('the experiment has its own')")
-    (folder / "program" / "mine.py").write_text("")
-    started.result()
-    assert f"FROM {REPO / 'trainer' / 'prepare.py'}" in started.log()
+    files = {"prepare.py": "raise SystemExit('the experiment has its own')", "mine.py": ""}
+    program = "import prepare, mine\nprint('FROM', prepare.__file__)\n" + HONEST
+    result = run(folder, program, files=files)
+    assert result["status"] == "ok"
+    assert f"FROM {REPO / 'trainer' / 'prepare.py'}" in result["log"]
 
 
 def test_a_container_gets_its_folders_and_environment_by_its_template():

@@ -226,6 +226,7 @@ def _start_referee() -> tuple[Path, subprocess.Popen]:
         "data": os.environ.get("AUTORESEARCH_DATA", "data"),
         "seed": int(os.environ.get("AUTORESEARCH_SEED", "1")),
         "alone": True,
+        "accept_s": CONNECT_S,
     }
     referee = subprocess.Popen(
         [sys.executable, "-m", "referee.server"],

@@ -59,7 +59,9 @@ def of_training(
     if ending.code == APPTAINER_FAILED and not began:
         return "infrastructure", f"the container did not start: {last_line(ending.tail)}"
     if ending.timed_out:
-        return "timeout", f"it never asked to be scored within {wall_limit_s:g} s"
+        asked = account is not None and account["overrun_seconds"] is not None
+        how = "was still being scored at" if asked else "never asked to be scored within"
+        return "timeout", f"it {how} its limit of {wall_limit_s:g} s"
     status, reason = of_command(ending, memory_limit_mb)
     if status == "ok":
         return "crash", "the program ended by itself without asking to be scored"

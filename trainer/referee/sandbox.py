@@ -50,8 +50,7 @@ def environment(
 ) -> dict[str, str]:
     """All that a program finds in its environment."""
     scratch = view.inside["scratch"]
-    chosen = {name: caller[name] for name in ALLOWED if name in caller}
-    chosen |= {
+    chosen = allowed(caller) | {
         "PATH": caller.get("PATH", "/usr/local/bin:/usr/bin:/bin"),
         "HOME": scratch,
         "USER": "autoresearch",  # torch names folders after it; the uid may have no name inside
@@ -73,6 +72,23 @@ def environment(
     if device is not None:
         chosen["CUDA_VISIBLE_DEVICES"] = device
     return chosen
+
+
+def allowed(caller: Mapping[str, str]) -> dict[str, str]:
+    """The caller's variables that a walled program or a referee may see."""
+    return {name: caller[name] for name in ALLOWED if name in caller}
+
+
+def of_container(caller: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a container's command itself: its settings, but no folders to bind.
+
+    APPTAINERENV_X would reach the inside even through --containall --cleanenv, and APPTAINER_BIND,
+    which sites' modules set, would mount their folders there.
+    """
+    names = ("PATH", "HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "LANG", "LD_LIBRARY_PATH")
+    settings = ("TMPDIR", "CACHEDIR", "CONFIGDIR", "USERNS", "NO_PRIVS")
+    names += tuple(f"APPTAINER_{setting}" for setting in settings)
+    return {name: caller[name] for name in names if name in caller}
 
 
 def mounts(
@@ -171,8 +187,8 @@ def contained(prefix: Sequence[str], view: View, env: Mapping[str, str]) -> list
     """
     argv: list[str] = []
     for element in prefix:
-        if element == "{env}":
-            argv += [f"{name}={value}" for name, value in env.items()]
+        if element == "{env}":  # the host's folders mean nothing inside
+            argv += [f"{name}={value}" for name, value in env.items() if name not in FOLDERS]
             continue
         for role, path in view.outside.items():
             element = element.replace("{" + role + "}", path)

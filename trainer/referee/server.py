@@ -29,7 +29,6 @@ from .ring import Ring
 from .score import NotFinite, Scoring
 
 TELEMETRY_BYTES = 8 * 2**20
-ACCEPT_S = 120.0  # without a wrapper: how long a referee waits for the program that started it
 
 
 class Feed:
@@ -394,7 +393,7 @@ def check_size(count: int, length: int) -> None:
         )
 
 
-def accept(folder: Path, limit_s: float | None) -> socket.socket:
+def accept(folder: Path, limit_s: float) -> socket.socket:
     """The one connection that is served. Raises TimeoutError."""
     path = folder / protocol.SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -416,7 +415,7 @@ def main() -> None:
         die_with_parent(spec["parent"])
     referee = Referee(spec)
     try:
-        with accept(Path(spec["shared"]), ACCEPT_S if spec.get("alone") else None) as connection:
+        with accept(Path(spec["shared"]), spec["accept_s"]) as connection:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             referee.serve(connection)
     finally:

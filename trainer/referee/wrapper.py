@@ -87,11 +87,12 @@ class Run:
         names = ("scale", "seed", "budget", "startup_free_s", "feed_ceiling_s", "scoring_limit_s")
         spec = {**view.inside, **{name: granted[name] for name in names}, "begun": begun}
         spec["parent"] = None if contained else os.getpid()
+        spec["accept_s"] = task.wall_limit_s
         env = dict.fromkeys(sandbox.THREADS, "1") | {"PYTHONPATH": self.trainer}
         argv = [self.python, "-m", "referee.server"]
         if contained:
             argv = sandbox.contained(task.referee_argv, view, env) + argv
-        env |= {name: os.environ[name] for name in sandbox.ALLOWED if name in os.environ}
+        env |= sandbox.of_container(os.environ) if contained else sandbox.allowed(os.environ)
         with (self.dir / "referee.log").open("wb") as log:
             self.referee = subprocess.Popen(
                 argv,
@@ -209,15 +210,12 @@ class Run:
         task = self.task
         contained, walled = self.isolation == "apptainer", self.isolation == "namespaces"
         view = sandbox.View.of(roles, walled or contained)
-        caller = {} if contained else os.environ
-        # A container is told its GPU: --containall drops what Slurm chose, and it would take all.
-        device = os.environ.get("CUDA_VISIBLE_DEVICES") if task.device is None else task.device
-        env = sandbox.environment(view, self.trainer, task.threads, device, caller)
+        env = sandbox.environment(view, self.trainer, task.threads, task.device, os.environ)
         argv = [self.python if word == "python" else word for word in command[:1]]
         argv += command[1:]
         if contained:
             argv = sandbox.contained(task.program_argv, view, env) + argv
-            env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+            env = sandbox.of_container(os.environ)
         walls = None
         if walled:
             readable = sandbox.readable_folders(self.python, self.trainer, task.readable, env)
