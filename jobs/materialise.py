@@ -30,8 +30,11 @@ class Site:
     campaign_dir: Path  # absolute
     data: Path | None
     facts: Mapping[str, Any]  # hashes of the start: evaluator, data manifest, container
+    image: Any = None  # containers.images.Image, where runs are in containers
     program_argv: tuple[str, ...] = ()  # what a container puts before train.py's command
     referee_argv: tuple[str, ...] = ()
+    python: str | None = None  # interpreter and sealed trainer/ of the runs; None: the host's own
+    trainer: Path | None = None
     scorer_files: Path | None = None  # general: exported from the campaign's start commit
     caches: Path | None = None  # holds <branch>/cache, promoted by baselines and keeps
 
@@ -97,7 +100,8 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         command=config.task.command,
         run_dir=str(run_dir),
         wall_limit_s=wall_limit_s(config, ceiling),
-        python=config.executor.python,
+        python=site.python or config.executor.python,
+        trainer=site.trainer and str(site.trainer),
         data=None if site.data is None else str(site.data),
         scale=None if general else run.scale,
         seed=run.seed,

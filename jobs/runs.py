@@ -74,6 +74,10 @@ class Runs:
     def _submit(self, run: OpenRun, avoid: frozenset[str]) -> None:
         """Snapshot, task, hand over, record. Repeating any part of it is harmless."""
         site, state = self._site, self._journal.state
+        if site.image is not None:
+            from jobs import container  # imports spython: not for those who use no container
+
+            container.check_before_run(site)
         experiment, folder = state.experiment(run.run.experiment), self.folder(run)
         with effect("run.folder"):
             _make(folder)

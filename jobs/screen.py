@@ -1,0 +1,39 @@
+"""What people see while a campaign runs: lines that stay, and one line of progress."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+QUIET_S = 60.0  # between two lines of progress where no terminal overwrites them
+
+
+class Screen:
+    """Prints to a terminal or to a log. Safe to keep calling at any rate."""
+
+    def __init__(self, out: TextIO = sys.stdout) -> None:
+        self._out, self._terminal = out, out.isatty()
+        self._shown, self._shown_at = "", time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._print(f"\r\x1b[K{line}\n" if self._shown and self._terminal else f"{line}\n")
+        self._shown, self._shown_at = "", time.monotonic()
+
+    def show(self, text: str) -> None:
+        """Progress: overwritten by what comes next; in a log, once a minute."""
+        if text == self._shown or not text:
+            return
+        now = time.monotonic()
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._print(f"\r\x1b[K{text[:width]}")
+        elif now - self._shown_at >= QUIET_S:
+            self._print(f"  {text}\n")
+            self._shown_at = now
+        self._shown = text
+
+    def _print(self, text: str) -> None:
+        print(text, end="", file=self._out, flush=True)
