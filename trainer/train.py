@@ -564,11 +564,6 @@ def peak_flops(device):
     return next((flops for key, flops in known.items() if key in name), None)
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # ---------------------------------------------------------------- loop
 
 
@@ -590,16 +585,17 @@ class Monitor:
         self.last_step, self.last_time, self.last_done = 0, time.perf_counter(), -1.0
 
     def report(self, step, done, loss, multiplier, epoch):
-        if done - self.last_done < 0.01:
+        if done - self.last_done < 0.01 and done < 1:
             return
         loss, now = loss.item(), time.perf_counter()
         check(loss, step)
         rate = (step - self.last_step) * self.batch_tokens / (now - self.last_time)
         memory = peak_memory_mb(self.device)
-        log(step=step, loss=loss, lr_multiplier=multiplier, tokens_per_second=rate,
-            memory_mb=memory)  # fmt: skip
-        print(f"step {step:05d} ({done:6.1%}) | loss {loss:.4f} | lr x{multiplier:.2f} "
-              f"| {rate:,.0f} tokens/s | {memory:,.0f} MB | epoch {epoch}", flush=True)  # fmt: skip
+        log(
+            step=step, loss=loss, lr_multiplier=multiplier, tokens_per_second=rate, memory_mb=memory
+        )
+        print(f"step {step:05d} ({done:6.1%}) | loss {loss:.4f} | rates x {multiplier:.2f} | "
+              f"{rate:,.0f} tokens/s | {memory:,.0f} MB | epoch {epoch}", flush=True)  # fmt: skip
         self.last_step, self.last_time, self.last_done = step, now, done
 
 
@@ -607,25 +603,23 @@ def train(model, optimiser, loader, c, device):
     """Until progress() is 1. Gives (steps, steps and seconds of them that the clock counted)."""
     passes = c.total_batch // (c.device_batch * MAX_SEQ_LEN)
     monitor = Monitor(device, c.total_batch)
-    step, free_steps, clock, loss = 0, 0, time.perf_counter(), torch.tensor(math.nan)
-    while (done := progress()) < 1:
+    step, free_steps, clock, done = 0, 0, time.perf_counter(), progress()
+    while done < 1:
         if done == 0:  # still in the warm-up, which the budget does not count
             free_steps, clock = step, time.perf_counter()
+        step, multiplier = step + 1, rate_multiplier(c, done)
         for _ in range(passes):
             x, y, epoch = next(loader)  # (B, T) each
             loss = model(x, y)
             (loss / passes).backward()
-        step += 1
-        multiplier = rate_multiplier(c, done)
         optimiser.step(step, done, multiplier)
         model.zero_grad(set_to_none=True)
+        done = progress()
         monitor.report(step, done, loss.detach(), multiplier, epoch)
-        if step == 1:  # long pauses for garbage collection would show in every step
+        if step == 1:  # from here on no step should wait for a collection
             gc.collect()
             gc.freeze()
             gc.disable()
-    check(loss.item(), step)
-    synchronise(device)
     return step, step - free_steps, time.perf_counter() - clock
 
 

@@ -90,3 +90,16 @@ def test_flash_attention_is_asked_for_a_causal_window(monkeypatch, window, asked
     q, k, v = random_heads(SHAPES[0])
     assert train.flash_attention("flash_attn_interface")(q, k, v, window) is v
     assert calls == [(True, asked)]
+
+
+@pytest.mark.proof
+def test_flex_attention_agrees_with_the_definition_as_compiled_for_a_cpu():
+    """Without a GPU its masks can at least be held against the definition."""
+    cpu = torch.device("cpu")
+    backend = train.flex_attention(cpu, T, (32, T))
+    assert callable(backend), backend
+    q, k, v = (x.cpu().float() for x in random_heads(SHAPES[0]))
+    with torch.no_grad():
+        for window in (32, T):
+            y = backend(q, k, v, window).double()
+            assert torch.allclose(y, reference(q, k, v, window), atol=2e-6)

@@ -146,6 +146,27 @@ def test_every_scale_makes_a_step_that_changes_every_parameter(scale, depth):
     assert model(x).shape == (2, T, VOCABULARY)
 
 
+def test_the_stream_stays_in_bfloat16_and_logits_are_float32():
+    """As on a GPU: one float32 tensor in the residual stream would make all of it float32."""
+    c = block(train, "h100", width_per_layer=8, head_width=32)
+    model = train.GPT(c, VOCABULARY, T, train.sdpa_attention).initialise(torch.bfloat16)
+    seen = set()
+    for layer in model.layers((train.Block, train.Linear, train.Attention, train.MLP)):
+        layer.register_forward_hook(lambda _layer, _inputs, output: seen.add(output.dtype))
+    x, y, _ = next(batches(2))
+    optimiser = train.Optimiser(model, c, compiled=False)
+    for step in (1, 2):
+        loss = model(x, y)
+        loss.backward()
+        optimiser.step(step, 0.0, 1.0)
+        model.zero_grad()
+    assert seen == {torch.bfloat16}
+    assert loss.dtype == model(x).dtype == torch.float32
+    kinds = {name: p.dtype for name, p in model.named_parameters() if p.dtype != torch.float32}
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert all("embedding" in name for name in kinds)
+
+
 def test_initial_weights_are_as_described():
     c = block(train, "h100", width_per_layer=32)
     model = train.GPT(c, 1024, T, train.sdpa_attention).initialise(torch.bfloat16)
