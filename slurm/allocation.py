@@ -246,7 +246,7 @@ class AllocationRuns:
             return None
         for entry in self._table:
             if entry.launched is not None:
-                self._relaunch_unless_begun(entry, jobs, steps)
+                self._relaunch_unless_begun(entry, steps)
         self._start_waiting(wanted)
         self._give_back_spares()
         return {s.run: self._state(s.run, jobs, steps) for s in submissions}
@@ -274,27 +274,27 @@ class AllocationRuns:
     def _step_log(self, entry: Entry) -> Path:
         return script.job_folder(self._campaign_dir, entry.name) / "step-0.log"
 
-    def _relaunch_unless_begun(
-        self, entry: Entry, jobs: Mapping[str, Row], steps: Mapping[str, Row]
-    ) -> None:
+    def _relaunch_unless_begun(self, entry: Entry, steps: Mapping[tuple[str, str], str]) -> None:
         """Back to waiting for a run whose step never came to be: no room, an outage, a kill."""
         srun = self._sruns.get(entry.run)
         failed = srun is not None and (srun.poll() or 0) > 0
         young = time.time() - (entry.launched or 0) < STARTING_S
-        if self._attached(entry) or entry.name in steps or self._begun(entry):
+        if self._attached(entry) or _key(entry) in steps or self._begun(entry):
             return
         if (failed or not young) and entry.launches < LAUNCHES:
             self._sruns.pop(entry.run, None)
             self._table.put(replace(entry, holder=None, node=None, slot=None, launched=None))
 
-    def _state(self, run: str, jobs: Mapping[str, Row], steps: Mapping[str, Row]) -> JobState:
+    def _state(
+        self, run: str, jobs: Mapping[str, Row], steps: Mapping[tuple[str, str], str]
+    ) -> JobState:
         entry = self._table.get(run)
         if entry is None:
             return JobState("absent", "no such step is known")
         if entry.launched is None:
             return self._why_waiting(entry)
         queue_s = entry.launched - entry.asked
-        if self._attached(entry) or entry.name in steps:
+        if self._attached(entry) or _key(entry) in steps:
             return JobState("running", node=entry.node, queue_s=queue_s)
         holder = jobs.get(entry.holder or "")
         if not self._begun(entry) and time.time() - entry.launched < STARTING_S:
@@ -341,17 +341,17 @@ class AllocationRuns:
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End these runs. Where Slurm does not answer, their time limits end them."""
-        steps: Mapping[str, Row] = {}
+        entries = [e for s in submissions if (e := self._table.get(s.run))]
+        steps: Mapping[tuple[str, str], str] = {}
         with contextlib.suppress(Unanswered):
             steps = commands.steps()
-        if ids := [steps[s.job].job for s in submissions if s.job in steps]:
+        if ids := [steps[_key(e)] for e in entries if _key(e) in steps]:
             scancel(ids)
-        for submission in submissions:
-            entry, srun = self._table.get(submission.run), self._sruns.get(submission.run)
-            if entry and entry.launched is None:
-                self._table.drop(submission.run)
-            elif srun and submission.job not in steps:
-                srun.terminate()  # it still waits for its step
+        for entry in entries:
+            if entry.launched is None:
+                self._table.drop(entry.run)
+            elif _key(entry) not in steps and self._attached(entry):
+                self._sruns[entry.run].terminate()  # it still waits for its step
 
     def slots(self) -> int | None:
         return self._settings.nodes * script.per_node(self._settings)
@@ -387,3 +387,8 @@ class AllocationRuns:
                 draft.replace(path)
             if self._closed.wait(self.heartbeat_s):
                 return
+
+
+def _key(entry: Entry) -> tuple[str, str]:
+    """What `commands.steps` knows a started run by: equal names may exist in another campaign."""
+    return entry.holder or "", entry.name

@@ -41,6 +41,7 @@ class Row:
     nodes: str = ""  # "n1", "n[1-4]"
     reason: str = ""
     name: str = ""
+    folder: str = ""  # its working directory: tells equal names of two campaigns apart
     queue_s: float | None = None  # from submission to start
     left_s: float | None = None  # until its time limit
 
@@ -95,7 +96,7 @@ def words(text: str) -> str:
 
 # -- what became of jobs --------------------------------------------------------------------------
 
-_FIELDS = "%i|%T|%N|%V|%S|%L|%r|%j"  # the name last: it may hold anything
+_FIELDS = "%i|%T|%N|%V|%S|%L|%r|%Z|%j"  # the name last: it may hold anything
 
 
 def queue() -> list[Row]:
@@ -104,14 +105,22 @@ def queue() -> list[Row]:
     Ended ones stay for MinJobAge (300 s by default). Raises Unanswered.
     """
     lines = ask(["squeue", "--me", "--all", "-t", "all", "-r", "-h", "-o", _FIELDS]).splitlines()
-    return [_queue_row(*line.split("|", 7)) for line in lines if line.count("|") >= 7]
+    return [_queue_row(*line.split("|", 8)) for line in lines if line.count("|") >= 8]
 
 
 def _queue_row(
-    job: str, state: str, nodes: str, asked: str, start: str, left: str, reason: str, name: str
+    job: str,
+    state: str,
+    nodes: str,
+    asked: str,
+    start: str,
+    left: str,
+    reason: str,
+    folder: str,
+    name: str,
 ) -> Row:
     waited = None if state == "PENDING" else _between(asked, start)
-    return Row(job, state, nodes, reason, name, waited, seconds(left))
+    return Row(job, state, nodes, reason, name, folder, waited, seconds(left))
 
 
 def remembered(jobs: Iterable[str]) -> list[Row]:
@@ -119,17 +128,9 @@ def remembered(jobs: Iterable[str]) -> list[Row]:
     wanted, rows = set(jobs), []
     for line in ask(["scontrol", "--all", "--oneliner", "show", "jobs"]).splitlines():
         found = dict(re.findall(r"(?:^|\s)(JobId|JobState|NodeList|Reason|JobName)=(\S*)", line))
-        if found.get("JobId") in wanted:
-            nodes = found.get("NodeList", "").replace("(null)", "")
-            rows.append(
-                Row(
-                    found["JobId"],
-                    found.get("JobState", ""),
-                    nodes,
-                    found.get("Reason", ""),
-                    found.get("JobName", ""),
-                )
-            )
+        if (job := found.get("JobId")) in wanted:
+            nodes = found["NodeList"].replace("(null)", "")
+            rows.append(Row(job, found["JobState"], nodes, found["Reason"], found["JobName"]))
     return rows
 
 
@@ -138,31 +139,31 @@ def accounting(jobs: Iterable[str] = (), names: Iterable[str] = ()) -> list[Row]
     which = (
         [f"--jobs={','.join(jobs)}"] if jobs else [f"--name={','.join(names)}", "-S", "now-7days"]
     )
-    fields = "JobIDRaw,State,NodeList,Submit,Start,Reason,JobName"
     rows = []
-    for line in ask(["sacct", "-n", "-P", "-X", "-o", fields, *which]).splitlines():
-        job, state, nodes, asked, start, reason, name = line.split("|", 6)
+    for line in ask(["sacct", "-n", "-P", "-X", "-o", _ACCOUNTED, *which]).splitlines():
+        job, state, nodes, asked, start, reason, folder, name = line.split("|", 7)
         state = state.split()[0]  # "CANCELLED by 1000"
-        rows.append(Row(job, state, nodes, reason, name, _between(asked, start)))
+        rows.append(Row(job, state, nodes, reason, name, folder, _between(asked, start)))
     return rows
+
+
+_ACCOUNTED = "JobIDRaw,State,NodeList,Submit,Start,Reason,WorkDir,JobName"
 
 
 def has_accounting() -> bool:
     """Whether sacct works here; many sites have none, and then it fails."""
     try:
-        ask(["sacct", "-n", "-X", "-P", "-S", "now", "-o", "JobIDRaw"])
+        ask(["sacct", "-n", "-X", "-P", "-S", "now", "-o", _ACCOUNTED])
     except Unanswered:
         return False
     return True
 
 
-def steps() -> dict[str, Row]:
-    """Running steps of this user by step name, by one query. Raises Unanswered."""
-    rows = {}
-    for line in ask(["squeue", "--me", "--steps", "-h", "-o", "%i|%N|%j"]).splitlines():
-        step, nodes, name = line.split("|", 2)
-        rows[name] = Row(step, "RUNNING", nodes, "", name)
-    return rows
+def steps() -> dict[tuple[str, str], str]:
+    """Ids of this user's running steps by (job, step's name), by one query. Raises Unanswered."""
+    lines = ask(["squeue", "--me", "--steps", "-h", "-o", "%i|%j"]).splitlines()
+    found = (line.split("|", 1) for line in lines)
+    return {(step.partition(".")[0], name): step for step, name in found}
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -234,7 +235,8 @@ _PERMANENT = (
     (r"PartitionTimeLimit|MaxWall", "shorten executor.margin, hold_hours or the budget"),
     (
         r"PartitionNodeLimit|PartitionConfig",
-        "executor.partition has no such nodes: gpus, cpus, memory",
+        "more than executor.partition has: time (executor.margin, hold_hours, the budget), nodes,"
+        " gpus, cpus or memory",
     ),
     (r"PartitionDown|PartitionInactive", "executor.partition is closed: wait or use another"),
     (r"JobHeld", "scontrol release lets it go"),
@@ -285,9 +287,6 @@ def by_job(rows: Iterable[Row]) -> Mapping[str, Row]:
     return {row.job: row for row in rows}
 
 
-def by_name(rows: Iterable[Row]) -> Mapping[str, Row]:
-    """The latest job of each name."""
-    return {
-        row.name: row
-        for row in sorted(rows, key=lambda row: int(re.match(r"\d*", row.job)[0] or 0))
-    }
+def by_folder(rows: Iterable[Row]) -> Mapping[str, Row]:
+    """The latest job of each working directory; each run has one of its own."""
+    return {row.folder: row for row in sorted(rows, key=lambda row: row.job.zfill(12))}

@@ -112,9 +112,9 @@ class SlurmExecutor:
         return {s.run: self._state(s, rows) for s in submissions}
 
     def _rows(self, submissions: Sequence[Submission]) -> dict[str, Row]:
-        """Rows by job id and by name. Raises Unanswered."""
+        """Rows by job id and by job folder. Raises Unanswered."""
         found = commands.queue()
-        rows = {**commands.by_name(found), **commands.by_job(found)}
+        rows = {**commands.by_folder(found), **commands.by_job(found)}
         missing = [s.job for s in submissions if s.job not in rows and s.job.isdigit()]
         if missing:
             more = commands.by_job(commands.remembered(missing))
@@ -124,7 +124,8 @@ class SlurmExecutor:
         return rows
 
     def _state(self, submission: Submission, rows: Mapping[str, Row]) -> JobState:
-        if row := rows.get(submission.job):
+        row = rows.get(submission.job) or rows.get(self._job_folder(submission.job))
+        if row:
             return state_of(row, self._last_words(row))
         if self._waiting.get(submission.run):
             return JobState("pending", self._why_waiting)
@@ -134,19 +135,21 @@ class SlurmExecutor:
         """Try those again that had to wait, until one still has to."""
         wanted = {s.run for s in submissions}
         for entry in self._waiting:
-            if entry.name in rows or entry.run not in wanted:
+            if self._job_folder(entry.name) in rows or entry.run not in wanted:
                 self._waiting.drop(entry.run)  # an sbatch without an answer had succeeded; or ended
             elif self._try(entry):
                 self._waiting.drop(entry.run)
             else:
                 break
 
+    def _job_folder(self, name: str) -> str:
+        return str(script.job_folder(self._campaign_dir, name))
+
     def _last_words(self, row: Row) -> str:
         """The end of a failed job's own log: why Python did not even start, say."""
         if row.state != "FAILED":
             return ""
-        folder = script.job_folder(self._campaign_dir, row.name)
-        return last_line(folder / f"{row.job}_0_log.out")
+        return last_line(Path(row.folder) / f"{row.job}_0_log.out")
 
     def _has_accounting(self) -> bool:
         if self._accounting is None or time.monotonic() - self._accounting[0] > PROBE_S:
@@ -162,8 +165,8 @@ class SlurmExecutor:
             Paused: Slurm does not answer. Taking that for "not there" would run things twice.
         """
         wanted = {name: run_id(name) for name in names}
-        jobs = self._jobs_named(wanted)
-        found = {n: Submission(wanted[n], "slurm", job) for n, job in jobs.items() if n in wanted}
+        jobs = self._jobs_named(list(wanted))
+        found = {name: Submission(wanted[name], "slurm", job) for name, job in jobs.items()}
         for name, run in wanted.items():
             if name not in found and self._waiting.get(run):
                 found[name] = Submission(run, "slurm", name)
@@ -171,14 +174,16 @@ class SlurmExecutor:
                 found[name] = Submission(run, "slurm", job)
         return found
 
-    def _jobs_named(self, names: Iterable[str]) -> dict[str, str]:
+    def _jobs_named(self, names: Sequence[str]) -> dict[str, str]:
         deadline = time.monotonic() + FIND_S
         while True:
             try:
-                rows = dict(commands.by_name(commands.queue()))
-                if (gone := set(names) - set(rows)) and self._has_accounting():
-                    rows |= commands.by_name(commands.accounting(names=sorted(gone)))
-                return {name: row.job for name, row in rows.items()}
+                rows = commands.by_folder(commands.queue())
+                gone = [name for name in names if self._job_folder(name) not in rows]
+                if gone and self._has_accounting():
+                    rows = {**commands.by_folder(commands.accounting(names=gone)), **rows}
+                found = {name: rows.get(self._job_folder(name)) for name in names}
+                return {name: row.job for name, row in found.items() if row}
             except Unanswered as error:
                 if time.monotonic() > deadline:
                     raise Paused(
@@ -198,10 +203,13 @@ class SlurmExecutor:
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End these runs' jobs. Where Slurm does not answer, their time limits end them."""
         self._waiting.drop(*(s.run for s in submissions))
-        if jobs := [s.job for s in submissions if s.job.isdigit()]:
+        jobs = [s.job for s in submissions if s.job.isdigit()]
+        if late := [s.job for s in submissions if not s.job.isdigit()]:
+            with contextlib.suppress(Unanswered):
+                rows = commands.by_folder(commands.queue())
+                jobs += [row.job for n in late if (row := rows.get(self._job_folder(n)))]
+        if jobs:
             scancel(jobs)
-        if names := [s.job for s in submissions if not s.job.isdigit()]:
-            scancel([f"--name={name}" for name in names])
 
     def slots(self) -> int | None:
         return None
