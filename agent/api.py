@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anthropic
@@ -15,7 +15,6 @@ import httpx2
 
 from agent import keys, money
 from agent.researcher import after
-from jobs.history import add_usage
 from jobs.model import Usage
 
 LONGEST_WAIT_S = 60.0  # between two tries, whatever Retry-After says
@@ -150,7 +149,8 @@ class Model:
         """Seconds until the next try; Stopped where that would be beyond the patience."""
         with self._lock:
             since = self._failing_since = self._failing_since or began
-        wait = min(self._pace_s * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+        wait: float = min(self._pace_s * 2 ** min(attempt, 10), LONGEST_WAIT_S)
+        wait *= random.uniform(0.5, 1.0)
         wait = min(max(wait, failed.retry_after or 0.0), LONGEST_WAIT_S)
         if time.monotonic() + wait - since > self.settings.outage_patience:
             raise Stopped(failed.reason, after(max(RETURN_S, min(failed.retry_after or 0, 3600.0))))
@@ -162,7 +162,7 @@ class Model:
         try:
             with self._lock:
                 self._client = self._client or client(self.settings, self._silence_s)
-        except (keys.KeyUnusable, anthropic.AnthropicError, ImportError) as error:
+        except (ValueError, ImportError, anthropic.AnthropicError) as error:  # no key, no region
             return Failure(str(error), passing=False), Usage()
         call = _Call(self._client, request)
         call.start()
@@ -172,10 +172,8 @@ class Model:
             spent = money.usage(self.price, call.message.usage)
             return Reply(call.message, spent), spent
         failed = failure(call.error or TimeoutError("abandoned before the reply was complete"))
-        secret = (self._client.api_key or "", getattr(self._client, "auth_token", None) or "")
-        failed = Failure(
-            keys.scrub(failed.reason, *secret), failed.passing, failed.retry_after, failed.sent
-        )
+        secrets = [getattr(call.client, name, None) or "" for name in ("api_key", "auth_token")]
+        failed = replace(failed, reason=keys.scrub(failed.reason, *secrets))
         return failed, self._at_most(request, call, failed)
 
     def _at_most(self, request: Mapping[str, Any], call: _Call, failed: Failure) -> Usage:
@@ -193,7 +191,7 @@ class _Call(threading.Thread):
 
     def __init__(self, client: Any, request: Mapping[str, Any]) -> None:
         super().__init__(daemon=True, name="messages-api")
-        self._client, self._request = client, request
+        self.client, self._request = client, request
         self.done = threading.Event()
         self.told: Any = None  # usage from message_start
         self.message: Any = None  # only if it is complete
@@ -208,8 +206,9 @@ class _Call(threading.Thread):
             self.done.set()
 
     def _read(self) -> Any:
-        stopped, inputs = False, {}
-        with self._client.messages.stream(**self._request) as stream:
+        stopped = False
+        inputs: dict[int, str] = {}
+        with self.client.messages.stream(**self._request) as stream:
             for event in stream:
                 if event.type == "message_start":
                     self.told = event.message.usage
@@ -226,11 +225,3 @@ class _Call(threading.Thread):
             if message.stop_reason != "max_tokens":
                 json.loads(text or "{}")  # the SDK also takes JSON that is cut off
         return message
-
-
-def total(spent: list[Usage]) -> Usage:
-    """The sum of several usages."""
-    result = Usage()
-    for one in spent:
-        result = add_usage(result, one)
-    return result

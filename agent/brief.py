@@ -109,7 +109,7 @@ def digest(state: State, branch: str, context: Context, fix: str | None = None) 
     """The history as the model reads it. `fix`: an experiment that crashed and goes back to it."""
     here = state.branches[branch]
     recent = state.recent(LOOKED_AT, branch)
-    sections = [
+    sections: list[tuple[str, Iterable[str]]] = [
         ("Where this branch stands", _standing(here, context)),
         ("The keeps so far, and the size of each step", _chain(state, here, context)),
         (f"The last {LAST} experiments", map(_line, recent[-LAST:])),

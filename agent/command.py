@@ -21,7 +21,7 @@ from agent.researcher import Context, after
 from jobs.errors import UserError
 from jobs.history import add_usage
 from jobs.model import Proposal, Unavailable, Usage
-from jobs.text import one_line
+from jobs.text import lines, one_line
 
 if TYPE_CHECKING:
     from jobs.history import State
@@ -189,9 +189,10 @@ class Command:
 def _usage(report: Mapping[str, Any]) -> Usage:
     """Tokens and dollars out of Claude Code's report."""
     told = report.get("usage") if isinstance(report.get("usage"), dict) else {}
-    names = ("input_tokens", "output_tokens", "cache_creation_input_tokens")
-    counts = [int((told or {}).get(n) or 0) for n in (*names, "cache_read_input_tokens")]
-    return Usage(*counts, dollars=float(report.get("total_cost_usd") or 0.0))
+    names = ["input_tokens", "output_tokens"]
+    names += ["cache_creation_input_tokens", "cache_read_input_tokens"]
+    fresh, output, write, read = (int((told or {}).get(name) or 0) for name in names)
+    return Usage(fresh, output, write, read, float(report.get("total_cost_usd") or 0.0))
 
 
 def _fill(folder: Path, state: State, branch: str, context: Context) -> dict[str, str]:
@@ -200,7 +201,7 @@ def _fill(folder: Path, state: State, branch: str, context: Context) -> dict[str
     files = {"BRIEF.md": told, "program.md": context.program, **context.readable, **context.files}
     for record in state.recent(SHOWN, branch):
         files[f"records/{record.id}.diff"] = context.records.diff(record.id)
-        files[f"records/{record.id}.log"] = brief.lines(context.records.log(record.id, 80))
+        files[f"records/{record.id}.log"] = lines(context.records.log(record.id, 80))
     for path, text in files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,12 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 Number = int | float
 
-_OPERATORS = {
+_OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -34,9 +34,9 @@ class Constant:
 def find(source: str, scale: str | None = None) -> dict[str, Constant]:
     """The constants of `source` by name, in the order in which they are written.
 
-    Where the module has one literal block per scale (a dictionary, or calls, keyed by the scale's
-    name; or `if SCALE == "cpu":`) these are the active scale's block alone, else all numbers that
-    are assigned at the top level. `2**19` counts as a number; elements of tuples are `NAME[0]`.
+    Where the module has one literal block per scale (`{"cpu": dict(depth=2, ...), ...}`) these
+    are the active scale's block alone, else all numbers that are assigned at the top level.
+    `2**19` counts as a number; elements of tuples are `NAME[0]`.
 
     Raises:
         SyntaxError: `source` is not Python.
@@ -139,8 +139,6 @@ def _blocks(tree: ast.Module, scale: str | None) -> Iterator[Block]:
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
             yield from _keyed(statement.value, scale)
-        elif isinstance(statement, ast.If):
-            yield from _branches(statement, scale)
 
 
 def _keyed(value: ast.expr, scale: str | None) -> Iterator[Block]:
@@ -159,24 +157,6 @@ def _items(node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
         for keyword in node.keywords:
             if keyword.arg:
                 yield keyword.arg, keyword.value
-
-
-def _branches(statement: ast.If, scale: str | None) -> Iterator[Block]:
-    test = statement.test
-    if (
-        isinstance(test, ast.Compare)
-        and len(test.ops) == 1
-        and isinstance(test.ops[0], ast.Eq)
-        and isinstance(test.left, ast.Name)
-        and test.left.id == "SCALE"
-        and isinstance(test.comparators[0], ast.Constant)
-    ):
-        if test.comparators[0].value == scale:
-            yield list(_assigned(statement.body))
-        elif len(statement.orelse) == 1 and isinstance(statement.orelse[0], ast.If):
-            yield from _branches(statement.orelse[0], scale)
-        else:
-            yield list(_assigned(statement.orelse))
 
 
 def _assigned(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
@@ -212,7 +192,9 @@ def _evaluate(node: ast.expr) -> Number | None:
         return None
     try:
         if isinstance(node.op, ast.Pow):
-            return left**right if abs(right) <= 64 and abs(left) <= 1e6 else None
-        return _OPERATORS[type(node.op)](left, right)
+            value: Number = left**right if abs(right) <= 64 and abs(left) <= 1e6 else math.inf
+        else:
+            value = _OPERATORS[type(node.op)](left, right)
+        return value
     except (KeyError, ArithmeticError, TypeError, ValueError):
         return None

@@ -71,7 +71,7 @@ class Range:
         if self.form == "integer":
             return round(place)
         if self.form == "power":
-            return 2 ** round(place)
+            return 1 << round(place)
         if self.form == "whole":
             return round(_three_digits(math.exp(place)))
         if self.form == "complement":

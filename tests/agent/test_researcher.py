@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -218,3 +219,14 @@ def test_keys_are_scrubbed_from_texts_and_environments():
     text = f"Authorization: Bearer {api.KEY} and my-own-secret"
     assert keys.scrub(text, "my-own-secret") == "Authorization: [key] and [key]"
     assert "x" not in keys.without({"ANTHROPIC_API_KEY": "x", "PATH": "y"}).values()
+
+
+@pytest.mark.parametrize("provider", ["bedrock", "vertex"])
+def test_a_cloud_that_is_not_set_up_is_told_in_words(monkeypatch, provider):
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_ML_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    asked = researcher(settings(kind="anthropic", provider=provider))
+    found = ask(asked, Tale())
+    assert isinstance(found, Unavailable)
+    assert re.search("region|extra|import|install", found.reason), found.reason
+    assert found.usage == Usage()
