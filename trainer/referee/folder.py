@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from . import protocol
@@ -20,14 +18,17 @@ _NAME = re.compile(r"autoresearch-(\d+)\.(\d+)-[0-9a-f]{16}")
 
 def place() -> Path:
     """Where shared folders live: memory, where the system has such a file system."""
-    shm = Path("/dev/shm")
-    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+    if os.access("/dev/shm", os.W_OK):
+        return Path("/dev/shm")
+    import tempfile  # slow to import, and hardly ever needed
+
+    return Path(tempfile.gettempdir())
 
 
 def make() -> Path:
     """A new folder of mode 0700 with an unguessable name, holding an empty shared file."""
     pid = os.getpid()
-    folder = place() / f"autoresearch-{pid}.{start_ticks(pid) or 0}-{secrets.token_hex(8)}"
+    folder = place() / f"autoresearch-{pid}.{start_ticks(pid) or 0}-{os.urandom(8).hex()}"
     folder.mkdir(mode=0o700)
     os.close(os.open(folder / protocol.RING_NAME, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     return folder

@@ -1,9 +1,10 @@
 """The process between the wrapper and the program: builds the walls, starts it, ends its tree.
 
 Run as a plain script by a bare interpreter, in the program's own scrubbed environment, with a plan
-(JSON, see sandbox.py) as its only argument. What happens goes to the plan's status descriptor, one
-line each: "started", then "exit CODE" or "signal NUMBER"; or "failed WORDS" (the walls could not be
-built, nothing ran) or "missing WORDS" (the command could not be started).
+(see sandbox.py; marshalled, in hex: the json module takes 8 ms to import) as its only argument.
+What happens goes to the plan's status descriptor, one line each: "started", then "exit CODE" or
+"signal NUMBER"; or "failed WORDS" (the walls could not be built, nothing ran) or "missing WORDS"
+(the command could not be started).
 
 With walls it is the parent of the init of new user, mount, PID, network and IPC namespaces: when
 that init ends, the kernel ends everything inside, fork bombs and daemons included. Without, it is
@@ -13,12 +14,11 @@ the subreaper of its descendants and ends them one by one.
 import contextlib
 import ctypes
 import fcntl
-import json
+import marshal
 import os
 import resource
 import select
 import signal
-import socket
 import struct
 import sys
 import time
@@ -133,11 +133,11 @@ def restrict(path, flags, recursive):
 
 def raise_loopback():
     """`lo` up: some libraries talk to themselves over it."""
-    SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("16sh14x", b"lo", 0)
-        name, flags = struct.unpack("16sh14x", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))
-        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", name, flags | IFF_UP))
+    AF_INET, SOCK_DGRAM, SIOCSIFFLAGS, IFF_UP = 2, 2, 0x8914, 1
+    any_socket = libc.socket(AF_INET, SOCK_DGRAM, 0)
+    if any_socket >= 0:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+        os.close(any_socket)
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def descendants(root):
 
 
 def main():
-    plan = json.loads(sys.argv[1])
+    plan = marshal.loads(bytes.fromhex(sys.argv[1]))
     status = plan["status"]
     os.set_inheritable(status, False)
     die_with_parent(plan["parent"])

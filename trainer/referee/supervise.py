@@ -6,7 +6,7 @@ Everything a command may do to its host ends here: when `supervise` returns, not
 from __future__ import annotations
 
 import contextlib
-import json
+import marshal
 import os
 import selectors
 import signal
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import launcher as launcher_module
 from .folder import start_ticks
 from .limits import Breach, Watch, oom_kills
 from .task import Limits
 
+LAUNCHER = str(Path(__file__).with_name("launcher.py"))  # not imported: ctypes is slow to load
 POLL_S = 0.1
 HEAD_BYTES = TAIL_BYTES = 512 * 1024
 START_S = 20.0  # until a launcher reports; it takes milliseconds
@@ -89,7 +89,7 @@ class Command:
         self.status, theirs = os.pipe()
         told = {**plan, "status": theirs, "parent": os.getpid()}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", launcher_module.__file__, json.dumps(told)],
+            [sys.executable, "-I", "-S", LAUNCHER, marshal.dumps(told).hex()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if split_output else subprocess.STDOUT,

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,7 +262,7 @@ def run(task: Task) -> dict[str, Any]:
             facts = one.train() if task.kind == "nanochat" else one.measure()
             one.keep(facts["status"] == "ok")
         except Exception as error:
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
             words = f"the wrapper failed: {type(error).__name__}: {error}"
             facts |= {"status": "infrastructure", "reason": words, "value": None}
         finally:
@@ -310,7 +307,7 @@ def blank() -> dict[str, Any]:
     return {
         "protocol": protocol.VERSION,
         **dict.fromkeys(names.split()),
-        "node": socket.gethostname(),
+        "node": os.uname().nodename,
         "versions": versions,
     }
 
@@ -372,8 +369,8 @@ def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
 
 
 def utc_now() -> str:
-    now = datetime.datetime.now(datetime.UTC)
-    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, fraction = divmod(time.time_ns() // 10**6, 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:03d}Z"
 
 
 # --- files that a program could write -------------------------------------------------------------
