@@ -19,6 +19,7 @@ from jobs.model import Usage
 
 LONGEST_WAIT_S = 60.0  # between two tries, whatever Retry-After says
 RETURN_S = 120.0  # until the model is asked again after an outage
+LONGEST_RETURN_S = 3600.0
 PERSON_S = 900.0  # the same after trouble that a person must end (key, spending limit)
 PASSING = ("overloaded_error", "api_error", "rate_limit_error", "timeout_error")
 PASSING_STATUS = (408, 409, 425, 429)
@@ -151,10 +152,10 @@ class Model:
             since = self._failing_since = self._failing_since or began
         wait: float = min(self._pace_s * 2 ** min(attempt, 10), LONGEST_WAIT_S)
         wait *= random.uniform(0.5, 1.0)
-        wait = min(max(wait, failed.retry_after or 0.0), LONGEST_WAIT_S)
-        if time.monotonic() + wait - since > self.settings.outage_patience:
-            raise Stopped(failed.reason, after(max(RETURN_S, min(failed.retry_after or 0, 3600.0))))
-        return wait
+        told = failed.retry_after or 0.0
+        if time.monotonic() + max(wait, told) - since > self.settings.outage_patience:
+            raise Stopped(failed.reason, after(min(max(told, RETURN_S), LONGEST_RETURN_S)))
+        return min(max(wait, told), LONGEST_WAIT_S)
 
     def _once(
         self, request: Mapping[str, Any], stop: threading.Event, deadline: float

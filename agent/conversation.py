@@ -158,6 +158,8 @@ class _Conversation:
         most = money.bound(self._model.price, size, self._settings.max_tokens)
         reserve = money.proposal(self._settings)
         total = add_usage(self.spent, most)
+        if size > money.LARGEST_REQUEST:
+            raise Stopped("the conversation grew too long", _soon())
         if total.dollars > reserve.dollars or money.tokens(total) > money.tokens(reserve):
             raise Stopped("the conversation used up what was set aside for it", _soon())
 

@@ -29,7 +29,7 @@ PRICES: Mapping[str, Price] = {
     "claude-sonnet-5-5": Price(2.0, 10.0, 4.0, 0.1),
     "claude-haiku-5-5": Price(0.1, 0.5, 0.2, 0.01),  # up to 100,000 tokens of input
 }
-CONTEXT_TOKENS = 100_000  # the largest request that a proposal may grow to
+LARGEST_REQUEST = 300_000  # bytes, about 100,000 tokens, to which one conversation may grow
 AT_CAP_S = 60.0
 PROPOSAL_TOKENS = 1_000_000  # all replies of one proposal together
 
@@ -99,7 +99,7 @@ def tokens(spent: Usage) -> int:
 
 def proposal(settings: Any) -> Usage:
     """The most that one proposal may cost: twice what the largest call can cost."""
-    most = bound(price(settings), CONTEXT_TOKENS * 2, settings.max_tokens)
+    most = bound(price(settings), LARGEST_REQUEST, settings.max_tokens)
     return Usage(cache_read_tokens=PROPOSAL_TOKENS, dollars=2 * most.dollars)
 
 

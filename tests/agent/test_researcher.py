@@ -111,6 +111,14 @@ def test_an_outage_that_lasts_costs_the_patience_once():
     assert time.monotonic() - began < 1.0
 
 
+def test_a_retry_after_beyond_the_patience_is_not_waited_for():
+    with Server(longer, lambda call: "429-absurd") as server:
+        began = time.monotonic()
+        found = ask(model(server, patience=600.0), Tale())
+    assert time.monotonic() - began < 2.0
+    assert after(3000) < found.until < after(4000)  # two weeks were asked for
+
+
 def test_a_wait_is_reported_before_it_begins():
     tale = Tale()
     with Server(longer, lambda call: "529" if call == 0 else None) as server:
