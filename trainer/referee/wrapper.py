@@ -73,7 +73,7 @@ class Run:
         told = {k: v for k, v in (account or {}).items() if k not in ("protocol", "state")}
         value = told.get("val_bpb") if status == "ok" else None
         facts = {"status": status, "reason": reason, "metric": "val_bpb", "value": value}
-        return told | facts | claims(told, gpu_model(task.device)) | ending.usage
+        return told | facts | claims(told, gpu(task.device)) | ending.usage
 
     def _start_referee(self, begun: float) -> None:
         task, contained = self.task, self.isolation == "apptainer"
@@ -308,6 +308,7 @@ def blank() -> dict[str, Any]:
         "protocol": protocol.VERSION,
         **dict.fromkeys(names.split()),
         "node": os.uname().nodename,
+        "cpu": cpu_model(),
         "versions": versions,
     }
 
@@ -322,39 +323,54 @@ def of_task(task: Task) -> dict[str, Any]:
         "seed": task.seed,
         "budget": task.budget and dataclasses.asdict(task.budget),
         "device": device or None,
+        "threads": task.threads,
     }
 
 
-def claims(account: Mapping[str, Any], gpu: str | None) -> dict[str, Any]:
+def claims(account: Mapping[str, Any], gpu: Mapping[str, str | None]) -> dict[str, Any]:
     """What the program itself told by log(), and what follows from the account."""
     reported = account.get("reported") or {}
     steps, memory = reported.get("step"), reported.get("memory_mb")
     tokens, seconds = account.get("tokens"), account.get("training_seconds")
     return {
         "steps": steps if isinstance(steps, int) else None,
-        "gpu": gpu,
+        **gpu,
         "gpu_memory_mb": memory if gpu and isinstance(memory, int | float) else None,
         "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,
     }
 
 
-def gpu_model(device: str | None) -> str | None:
-    """The name of the run's GPU as the driver tells it, without loading CUDA; None without one.
+def gpu(device: str | None) -> dict[str, str | None]:
+    """Model, UUID and driver of the run's GPU as the driver tells them, without loading CUDA.
 
-    `device`: CUDA_VISIBLE_DEVICES, where None stands for this process's.
+    `device`: CUDA_VISIBLE_DEVICES, where None stands for this process's. Empty without a GPU.
     """
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device is None else device
+    place = Path("/proc/driver/nvidia")
     with contextlib.suppress(OSError):
-        for card in sorted(Path("/proc/driver/nvidia/gpus").iterdir()):
+        cards = sorted((place / "gpus").iterdir())
+        for card in cards:
             facts = dict(
                 map(str.strip, line.split(":", 1))
                 for line in (card / "information").read_text().splitlines()
                 if ":" in line
             )
-            wanted = device.split(",")[0]
-            if not wanted.startswith("GPU-") or facts.get("GPU UUID", "").startswith(wanted):
-                return facts.get("Model")
-    return None
+            uuid, wanted = facts.get("GPU UUID"), device.split(",")[0]
+            if not wanted.startswith("GPU-") or (uuid or "").startswith(wanted):
+                driver = (place / "version").read_text().split("\n")[0].partition(": ")[2].strip()
+                sure = wanted.startswith("GPU-") or len(cards) == 1  # a job's numbers are its own
+                model = facts.get("Model")
+                return {"gpu": model, "gpu_uuid": uuid if sure else None, "driver": driver}
+    return {}
+
+
+def cpu_model() -> str:
+    """The processor by its name, where the kernel tells it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return os.uname().machine
 
 
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
