@@ -166,9 +166,10 @@ def test_a_night_of_real_training_by_a_faulty_api(tmp_path, count):
     with Server(tunes, a_third) as server:
         agent = {"kind": "anthropic", "base_url": server.url, "outage_patience": 60}
         settings = {"agent": agent, "limits": {"experiments": count + 1}, "confirm": {"runs": 0}}
+        settings["executor"] = {"threads": 1}
         folder = lab(tmp_path / "lab", files, {**settings, "budget": {"tokens": 110_000}})
         # Without a compiler the program runs eagerly: 80 steps compile for longer than they train.
-        run(folder, timeout=150 * (count + 1), CXX="none")
+        run(folder, timeout=250 * (count + 1), CXX="none")
     told = events(folder)
     state = fold(told)
     records = list(state.experiments("main"))
