@@ -16,6 +16,8 @@ from jobs.repository import Repository
 
 EXPERIMENTS = 12  # beside the baseline
 FACTOR = 3.0
+# What the sweep moves: rates and schedule, since other sizes would not fit the time of a demo.
+SWEPT = ["embedding_rate", "head_rate", "scalar_rate", "matrix_rate", "weight_decay", "warmdown"]
 # Named constants of train.py and which way is worse for them.
 DETUNED = {"matrix_rate": 1 / FACTOR, "embedding_rate": 1 / FACTOR}
 
@@ -114,7 +116,7 @@ def _settle(folder: Path, detuned: bool, experiments: int) -> None:
     """campaign.yaml of the demonstration; detuned: the lab's program made worse in a commit."""
     settings = {
         "campaign": "demo",
-        "agent": {"kind": "sweep"},
+        "agent": {"kind": "sweep", "constants": SWEPT},
         "limits": {"experiments": experiments + 1},
         "confirm": {"runs": 3},
     }

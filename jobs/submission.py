@@ -20,6 +20,7 @@ from jobs.errors import UserError
 from jobs.model import Run, Submission
 
 CANCEL_S = 5.0  # for a payload to end by itself
+SECRETS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 START_GRACE_S = 15.0  # a payload that has not claimed its run folder by then never started
 
 
@@ -93,7 +94,9 @@ class LocalExecutor:
         limit_s: float,
         avoid: frozenset[str] = frozenset(),
     ) -> Submission:
-        environment = dict(os.environ, AUTORESEARCH_RUN_NAME=name)
+        # A run needs no key of the model's: none is in reach of its process list.
+        environment = {k: v for k, v in os.environ.items() if k not in SECRETS}
+        environment["AUTORESEARCH_RUN_NAME"] = name
         if self._devices:
             free = [d for d in self._devices if d not in self._device_of.values()]
             device = (free or self._devices)[0]
