@@ -80,9 +80,10 @@ def build(
             does not hold what its labels say. The store is then as it was, but for the log.
     """
     known = definition_arguments(recipe.definition.read_text())
+    settable = [name for name in known if name not in ("CONTEXT", "RECIPE")]
     for name in recipe.arguments:
-        if name not in known or name in ("CONTEXT", "RECIPE"):
-            raise ImageError(f"{recipe.definition.name} takes {', '.join(known)}, not {name!r}")
+        if name not in settable:
+            raise ImageError(f"{recipe.definition.name} takes {', '.join(settable)}, not {name!r}")
     with fresh(store) as (draft, log), _staged(recipe, site or Site()) as context:
         arguments = {**recipe.arguments, "CONTEXT": str(context), "RECIPE": recipe.sha256}
         options = command.build_options(arguments, str(context / "site"))

@@ -74,7 +74,12 @@ def run(someone: Person, image: Image, program: str | Path, **values) -> dict:
     Task.from_json({**task, **values}).save()
     for path in (someone.folder, place, run_dir, run_dir / "task.json"):
         shutil.chown(path, someone.name)
-    secrets = {"APPTAINERENV_LEAK": "key-1", "ANTHROPIC_API_KEY": "key-2", "SLURM_JOB_ID": "7"}
+    secrets = {
+        "APPTAINERENV_LEAK": "key-1",
+        "APPTAINER_BIND": "/etc:/home/leak",
+        "ANTHROPIC_API_KEY": "key-2",
+        "SLURM_JOB_ID": "7",
+    }
     agent = {"SSH_AUTH_SOCK": "/tmp/key-3", "CUDA_VISIBLE_DEVICES": "0,3", **secrets}
     python_as(someone.name, "-m", "trainer.referee.wrapper", run_dir, **agent)
     result = json.loads((run_dir / "result.json").read_text())
