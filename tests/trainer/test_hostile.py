@@ -81,6 +81,12 @@ def test_an_endless_loop_is_a_timeout(folder, isolation):
     assert result["total_seconds"] < 10
 
 
+def test_leaving_the_session_and_training_on_is_a_timeout(folder):
+    result = run(folder, "session.close()\nwhile True: pass", wall_limit_s=1.5)
+    assert result["status"] == "timeout"
+    assert "never asked to be scored" in result["reason"]
+
+
 def test_a_scoring_without_end_is_a_timeout(folder):
     program = "import time\nfor rows, answer in session.score(8): time.sleep(60)"
     result = run(folder, program, scoring_limit_s=0.5)

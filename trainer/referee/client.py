@@ -24,7 +24,8 @@ from . import folder as shared
 from . import protocol
 from .protocol import Refused
 
-CONNECT_S = 60.0  # the referee starts beside the program, sometimes in a container of its own
+CONNECT_S = 600.0  # beside a wrapper, which ends the run if the referee dies; disks can be slow
+ALONE_S = 60.0
 
 Answer = Callable[[np.ndarray], None]
 
@@ -199,7 +200,8 @@ def _exchange(connection: socket.socket, message: Mapping[str, Any]) -> dict[str
 
 
 def _connect(path: Path, referee: subprocess.Popen | None) -> socket.socket:
-    deadline = time.monotonic() + CONNECT_S
+    limit = CONNECT_S if referee is None else ALONE_S
+    deadline = time.monotonic() + limit
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     while True:
         try:
@@ -210,7 +212,7 @@ def _connect(path: Path, referee: subprocess.Popen | None) -> socket.socket:
             if gone or time.monotonic() > deadline:
                 raise ConnectionError(
                     f"no referee answers at {path}: "
-                    + ("it ended at its start, see above" if gone else f"waited {CONNECT_S:.0f} s")
+                    + ("it ended at its start, see above" if gone else f"waited {limit:.0f} s")
                 ) from None
             time.sleep(0.002)
 
@@ -226,7 +228,7 @@ def _start_referee() -> tuple[Path, subprocess.Popen]:
         "data": os.environ.get("AUTORESEARCH_DATA", "data"),
         "seed": int(os.environ.get("AUTORESEARCH_SEED", "1")),
         "alone": True,
-        "accept_s": CONNECT_S,
+        "accept_s": ALONE_S,
     }
     referee = subprocess.Popen(
         [sys.executable, "-m", "referee.server"],

@@ -25,7 +25,7 @@ from . import folder, limits, outcome, protocol, sandbox
 from .supervise import Ending, signal_name, supervise
 from .task import Scorer, Task, load
 
-LINGER_S = 60.0  # what a program may still do once its session is over: weights, a summary
+LINGER_S = 60.0  # what a program may still do once it is scored: save weights, a summary
 REFEREE_END_S = 10.0
 MODEL = "model.safetensors"
 
@@ -47,7 +47,7 @@ class Run:
         self.shared: Path | None = None
         self.referee: subprocess.Popen | None = None
         self._referee_died: str | None = None
-        self._nothing_to_come: float | None = None  # since when the program can gain nothing more
+        self._scored_at: float | None = None
 
     # --- nanochat ---------------------------------------------------------------------------------
 
@@ -134,18 +134,18 @@ class Run:
         """Whether the program has to be ended, asked at every poll."""
         if self.cancelled:
             return f"the run was cancelled from outside by {self.cancelled}"
-        if self._nothing_to_come is not None:
-            over = time.monotonic() - self._nothing_to_come > LINGER_S
-            return f"it did not end within {LINGER_S:.0f} s of its session" if over else None
+        if self._scored_at is not None:
+            over = time.monotonic() - self._scored_at > LINGER_S
+            return f"it did not end within {LINGER_S:.0f} s of its score" if over else None
         code = self.referee.poll() if self.referee else None
         if code:
             self._referee_died = self._why_referee_died(code)
             return self._referee_died
-        if code == 0 or (self.dir / "score.json").exists():
-            account = self._account()
-            if account and account["state"] in outcome.ACCOUNT_STATES:
-                return "the referee ended the session"
-            self._nothing_to_come = time.monotonic()
+        account = self._account()  # there once the score is made, or the session over
+        if account and account["state"] in outcome.ACCOUNT_STATES:
+            return "the referee ended the session"
+        if account and account["state"] == "scored":
+            self._scored_at = time.monotonic()
         return None
 
     # --- a general task ---------------------------------------------------------------------------
