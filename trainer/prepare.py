@@ -10,7 +10,7 @@ From a program, five names as in upstream's autoresearch and four more:
     val_bpb = evaluate_bpb(model, tokenizer, batch_size)            # final: the feed is closed
 
 Behind them stands the referee, a process of its own that holds the data, the clock and the score
-(referee/PROTOCOL.md). Importing does no work: the first use of a name that needs the referee
+(PROTOCOL.md). Importing does no work: the first use of a name that needs the referee
 opens the session, and starts a referee where none was given.
 
 From a shell, once per corpus and scale (`python trainer/prepare.py --help`):
