@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
-from containers import apptainer, command, images
+from containers import apptainer, command, images, remote
 from jobs.errors import Paused, UserError
 from jobs.materialise import Site
+from jobs.model import to_json
 
 
 def contained(site: Site, by: str | None = None) -> Site:
@@ -29,7 +32,7 @@ def contained(site: Site, by: str | None = None) -> Site:
         **site.facts,
         "container_tag": executor.image,
         "container_sha256": image.sha256,
-        "registry_digest": image.registry_digest,
+        "registry_digest": pinned(image),
     }
     network = executor.allow_network
     return dataclasses.replace(
@@ -53,3 +56,49 @@ def check_before_run(site: Site) -> None:
         images.check_quick(site.image)
     except apptainer.ImageError as error:
         raise Paused(str(error), "Then start again") from error
+
+
+def pinned(image: images.Image) -> str | None:
+    """The address that no registry can let mean another image: oras://host/name@sha256:..."""
+    return next((f"{uri}@{digest}" for uri, digest in reversed(image.registry.items())), None)
+
+
+def records(image: images.Image | None) -> dict[str, bytes]:
+    """What a campaign's records in git keep of its image: enough to build one like it."""
+    if image is None:
+        return {}
+    name, told = f"image-{image.sha256[:16]}", json.dumps(to_json(image), indent=1)
+    return {f"{name}.def": image.definition.encode(), f"{name}.json": told.encode()}
+
+
+def recorded(sha256: str, tag: str, address: str | None, note: Callable[[str], None]) -> str:
+    """The sha256 of the image that a commit names, once it is in the store: it decides.
+
+    Args:
+        tag: what people called it; that it means another image now is only noted.
+        address: of the registry, as `pinned` gives it, from where it is pulled if it is missing.
+
+    Raises:
+        ImageError: it is not to be had, and how one like it is built; or the registry's is another.
+    """
+    store = images.default_store()
+    try:
+        there = Path(images.find(store, sha256).path).exists()
+    except apptainer.ImageError:
+        there = False
+    if not there:
+        if not (address or "").startswith("oras://"):
+            raise apptainer.ImageError(
+                f"the image {tag} (sha256 {sha256}) is not in {store}, and no registry is recorded."
+                " Restore its file (autoresearch image pull FILE --tag NAME), or build one like it"
+                f" (autoresearch image build; the records keep image-{sha256[:16]}.def) and name"
+                " it with --image: it is another image, and compared as such"
+            )
+        note(f"image pulled by its digest from {address}")
+        found = remote.pull(store, address or "", tag=sha256[:16]).sha256
+        if found != sha256:
+            raise apptainer.ImageError(f"{address} is sha256 {found}; recorded is sha256 {sha256}")
+    now = images.tags(store).get(tag)
+    if now not in (None, sha256):
+        note(f"the tag {tag} means sha256 {now} now; the recorded {sha256} is used")
+    return sha256

@@ -14,6 +14,7 @@ from jobs.errors import AutoresearchError, Paused, UserError
 from jobs.names import check_name, records_ref
 from jobs.objects import FILE, TREE, Entry, Objects
 from jobs.repository import RefMoved, Repository
+from jobs.tables import write_whole
 from jobs.text import lines
 
 NOTES = "refs/notes/autoresearch"
@@ -136,6 +137,25 @@ def load_ledger(repository: Repository, campaign: str) -> bytes:
     return b"".join(records[name] for name in sorted(records) if name.startswith("ledger/"))
 
 
+def restore(repository: Repository, campaign: str, folder: Path) -> bool:
+    """Bring the ledger in a campaign's folder up to the one kept in git; whether that was needed.
+
+    Raises:
+        UserError: nothing is kept, or the campaign went on both here and elsewhere.
+    """
+    kept, path = load_ledger(repository, campaign), folder / "ledger.jsonl"
+    old = path.read_bytes() if path.exists() else b""
+    if old.startswith(kept):
+        return False
+    if not kept.startswith(old):
+        raise UserError(
+            f"campaign {campaign} went on both here and elsewhere: {path} and the records that "
+            "were fetched differ. One clone may run it: move this folder away to see the other's"
+        )
+    write_whole(path, kept)
+    return True
+
+
 def push(repository: Repository, remote: str, campaign: str) -> None:
     """Send a campaign's branches, attempts, records and the notes to a remote (name or URL).
 
@@ -189,9 +209,13 @@ def _check(remote: str, campaign: str) -> None:
         raise UserError(f"{remote!r} is no remote: give its name (git remote -v) or its URL")
 
 
+def campaigns(repository: Repository) -> list[str]:
+    """The campaigns that this clone holds something of."""
+    return sorted({ref.split("/")[2] for ref in repository.refs("refs/autoresearch")})
+
+
 def _known(repository: Repository) -> str:
-    names = {ref.split("/")[2] for ref in repository.refs("refs/autoresearch")}
-    return ", ".join(sorted(names)) or "none"
+    return ", ".join(campaigns(repository)) or "none"
 
 
 def _transfer(repository: Repository, remote: str, command: list[str], specs: list[str]) -> None:

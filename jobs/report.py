@@ -7,7 +7,7 @@ each, without control characters.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,10 +186,14 @@ def _branch_table(state: State) -> Iterable[str]:
         counts = (branch.experiments, branch.kept, branch.discarded, branch.crashed + branch.parked)
         scores = (value(state, first), value(state, best), gain, remark)
         rows.append((branch.name, *map(str, counts), *scores))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-    for row in rows:
-        name, *cells = row
-        aligned = [cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True)]
+    return columns(rows)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Rows of cells as lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         yield "  ".join(["", name.ljust(widths[0]), *aligned]).rstrip()
 
 

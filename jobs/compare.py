@@ -1,0 +1,61 @@
+"""Branches side by side: who tried what, what it found, and what a gain cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs import report, tables
+from jobs.history import State
+from jobs.records import Branch
+
+
+def rows(state: State) -> list[dict[str, Any]]:
+    """One mapping a branch, in the order they were added; null where there is nothing yet.
+
+    `gain` is over the branch's own baseline, positive is better; hours are of allocated run time.
+    """
+    return [_row(state, branch) for branch in state.branches.values()]
+
+
+def _row(state: State, branch: Branch) -> dict[str, Any]:
+    first, best = branch.baseline_metric, branch.best_metric
+    gain = None if first is None or best is None else abs(best - first)
+    hours, dollars = branch.allocated_s / 3600, branch.spent.dollars
+    return {
+        "branch": branch.name,
+        "program": branch.settings.get("program", "program.md"),
+        "researcher": _researcher(branch.settings.get("agent") or {}),
+        "experiments": branch.experiments,
+        "kept": branch.kept,
+        "crashed": branch.crashed + branch.parked,
+        "first": first,
+        "best": best,
+        "best_experiment": branch.best,
+        "gain": gain,
+        "gpu_hours": hours,
+        "gain_per_gpu_hour": None if gain is None or not hours else gain / hours,
+        "dollars": dollars,
+        "gain_per_dollar": None if gain is None or not dollars else gain / dollars,
+        "state": "retired" if branch.retired else "paused" if branch.paused else "active",
+    }
+
+
+def _researcher(agent: Mapping[str, Any]) -> str:
+    kind = agent.get("kind", "none")
+    return f"{kind}:{agent['model']}" if kind == "anthropic" and agent.get("model") else kind
+
+
+def text(state: State) -> str:
+    """The same as a table."""
+    left_out = ("best_experiment", "dollars")
+    found = [{k: v for k, v in row.items() if k not in left_out} for row in rows(state)]
+    cells = [[_cell(state, key, value) for key, value in row.items()] for row in found]
+    titles = [key.replace("_", " ").replace("gpu hour", "hour") for key in found[0]]
+    return "\n".join(report.columns([titles, *cells])) if found else ""
+
+
+def _cell(state: State, key: str, value: Any) -> str:
+    if key in ("first", "best", "gain"):
+        return tables.value(state, value)
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

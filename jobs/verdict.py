@@ -1,0 +1,101 @@
+"""Whether a rerun is what the campaign saw: the spread it knew, and a verdict in words. Pure."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.history import State
+from jobs.model import Result
+
+REPRODUCED, DIFFERENT, INCOMPARABLE = "reproduced", "not reproduced", "not comparable"
+EXIT = {REPRODUCED: 0, DIFFERENT: 1, INCOMPARABLE: 4}
+SAME_SEED, FRESH_SEEDS = 5.0, 2.0  # tolerance, in standard deviations of the known spread
+OWN = 0.002  # of the metric, where the campaign knows no spread
+
+
+@dataclass(frozen=True)
+class Spread:
+    """By how much runs of one program may differ and still be the same, and why that much."""
+
+    tolerance: float
+    words: str
+
+
+def spread(state: State, metric: float | None) -> Spread:
+    """As the campaign measured it on one seed, else over fresh ones, else a share of our own."""
+    alike: dict[Any, list[float]] = defaultdict(list)
+    fresh: dict[Any, list[float]] = defaultdict(list)
+    for record in state.experiments():
+        # Baselines of branches that start at the same commit are the same program.
+        program = record.base if record.parent is None else record.id
+        for run in record.runs:
+            if run.metric is not None and run.ok:
+                alike[program, run.seed].append(run.metric)
+                if run.purpose == "confirm":
+                    fresh[record.id].append(run.metric)
+    for groups, factor, kind in (
+        (alike, SAME_SEED, "on one seed"),
+        (fresh, FRESH_SEEDS, "of seeds"),
+    ):
+        if known := [group for group in groups.values() if len(group) > 1]:
+            sd = statistics.fmean(map(statistics.variance, known)) ** 0.5
+            count = sum(map(len, known))
+            words = f"{factor:g} times the spread {kind} ({sd:.3g}, {count} runs)"
+            return Spread(factor * sd, words)
+    return Spread(OWN * abs(metric or 0.0), f"{OWN:.1%} of it, since no spread is known")
+
+
+def differences(old: Result, new: Result, contained: bool) -> list[str]:
+    """What forbids comparing two runs: another GPU, without one another CPU; other versions."""
+    pairs: list[tuple[str, Any, Any]] = [("GPU", old.gpu or "none", new.gpu or "none")]
+    if old.gpu is None and new.gpu is None:
+        pairs = [("CPU", old.details.get("cpu"), new.details.get("cpu"))]
+    if not contained:
+        then, now = (_versions(result) for result in (old, new))
+        pairs += [(name, then[name], now.get(name)) for name in then]
+    return [f"{what} was {a}, is {b}" for what, a, b in pairs if a and b and a != b]
+
+
+def _versions(result: Result) -> Mapping[str, Any]:
+    return result.details.get("versions") or {}
+
+
+def judge(
+    old: Result, new: Sequence[Result], known: Spread, against: Iterable[str]
+) -> tuple[str, str]:
+    """(verdict, why): a score must come again within the spread, a crash must crash alike."""
+    if lost := [r for r in new if r.status == "infrastructure"]:
+        return INCOMPARABLE, f"infrastructure ended it: {lost[0].reason}"
+    if reasons := list(dict.fromkeys(against)):
+        return INCOMPARABLE, "; ".join(reasons)
+    if off := [r for r in new if not _alike(old, r, known.tolerance)]:
+        count = f"{len(off)} of {len(new)} runs: " if len(new) > 1 else ""
+        return DIFFERENT, count + _gap(old, off[0], known)
+    if old.metric is None:
+        return REPRODUCED, f"it ends as it did: {new[0].status}"
+    if all(r.metric == old.metric for r in new):
+        return REPRODUCED, "identical"
+    return REPRODUCED, f"within {known.tolerance:.3g}, which is {known.words}"
+
+
+def _alike(old: Result, new: Result, tolerance: float) -> bool:
+    if old.metric is not None and new.metric is not None:
+        return abs(new.metric - old.metric) <= tolerance
+    return (old.status, _pattern(old.reason)) == (new.status, _pattern(new.reason))
+
+
+def _pattern(reason: str) -> str:
+    """A reason without its numbers and addresses."""
+    return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?", "#", reason)
+
+
+def _gap(old: Result, new: Result, known: Spread) -> str:
+    if old.metric is not None and new.metric is not None:
+        gap = abs(new.metric - old.metric)
+        return f"off by {gap:.3g}; {known.tolerance:.3g} is allowed, {known.words}"
+    return f"it was {old.status} ({old.reason}), it is {new.status} ({new.reason})"
