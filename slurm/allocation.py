@@ -163,12 +163,10 @@ class AllocationRuns:
         folder = script.job_folder(self._campaign_dir, entry.name)
         folder.mkdir(parents=True, exist_ok=True)
         env = {**commands.environment(), "AUTORESEARCH_RUN_NAME": entry.name}
-        if self._settings.gpu_syntax == "none":  # Slurm assigns no device here: places do
-            env["CUDA_VISIBLE_DEVICES"] = str(slot)
         executor = AllocationExecutor(folder)
         executor._throttling = 0.0  # submitit spares slurmctld 0.2 s; a step costs it little
         argv = script.step_argv(
-            self._settings, entry.name, self._campaign_dir, entry.limit_s, holder, node
+            self._settings, entry.name, self._campaign_dir, entry.limit_s, holder, node, slot
         )
         # submitit reads '_' in an id as "member of a job array"
         executor.update_parameters(job_id=entry.name.replace("_", "-"), argv=argv, env=env)
@@ -299,13 +297,18 @@ class AllocationRuns:
         holder = jobs.get(entry.holder or "")
         if not self._begun(entry) and time.time() - entry.launched < STARTING_S:
             return JobState("running", "starting", node=entry.node, queue_s=queue_s)
-        reason = f"its step {self._ending(entry)}"
-        lost = holder is None or commands.phase(holder.state) == "ended"
-        if lost:
-            became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"
-            reason = f"its allocation, job {entry.holder}, is {became}"
-        preempted = holder is not None and holder.state == "PREEMPTED"
-        return JobState("ended", reason, entry.node, queue_s=queue_s, preempted=preempted)
+        if holder and holder.state == "RUNNING":
+            return JobState("ended", f"its step {self._ending(entry)}", entry.node, False, queue_s)
+        if holder and commands.phase(holder.state) == "running":  # why, is not known before it ends
+            return JobState("running", "its allocation is ending", entry.node, False, queue_s)
+        became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"
+        return JobState(
+            "ended",
+            f"its allocation, job {entry.holder}, is {became}",
+            node=entry.node,
+            queue_s=queue_s,
+            preempted=holder is not None and holder.state == "PREEMPTED",
+        )
 
     def _ending(self, entry: Entry) -> str:
         srun = self._sruns.get(entry.run)

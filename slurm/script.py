@@ -108,8 +108,9 @@ def step_argv(
     limit_s: float,
     holder: str,
     node: str,
+    slot: int,
 ) -> list[str]:
-    """The srun of one run inside the job `holder`, on one of its nodes."""
+    """The srun of one run inside the job `holder`, in the place `slot` of one of its nodes."""
     folder = job_folder(campaign_dir, name)
     gpus = _gpu_option(settings, settings.gpus)
     argv = ["srun", f"--jobid={holder}", "--exact", "--nodes=1", "--ntasks=1"]
@@ -120,7 +121,10 @@ def step_argv(
     argv += [f"--job-name={name}", "--input=none", "--unbuffered"]
     # With %t the node writes the file itself: it outlives both processes of this srun.
     argv += [f"--output={folder}/step-%t.log"]
-    return [*argv, "bash", "-c", "\n".join([*_setup(settings), f"exec {submitit_command(folder)}"])]
+    lines = [*_setup(settings), f"exec {submitit_command(folder)}"]
+    if gpus is None:  # Slurm knows of no devices: places stand for them
+        lines.insert(0, f"export CUDA_VISIBLE_DEVICES={slot}")
+    return [*argv, "bash", "-c", "\n".join(lines)]
 
 
 def holder_name(campaign_dir: Path) -> str:
@@ -194,6 +198,20 @@ while sleep 2; do
 done
 echo "giving the nodes back: $why"
 """
+
+
+# -- what a dry run shows -------------------------------------------------------------------------
+
+
+def preview(settings: Settings, name: str, campaign_dir: Path, limit_s: float) -> str:
+    """All that would be handed to Slurm for one run, letter by letter."""
+    if settings.kind == "slurm":
+        script = job_folder(campaign_dir, name) / "SCRIPT"
+        submit = shlex.join(sbatch_argv(script))
+        return f"$ {submit}\n{sbatch_text(settings, name, campaign_dir, limit_s)}"
+    step = shlex.join(step_argv(settings, name, campaign_dir, limit_s, "HOLDER", "NODE", 0))
+    holder = holder_text(settings, campaign_dir, limit_s)
+    return f"$ sbatch --parsable\n{holder}\nand in it, as job HOLDER:\n$ {step}\n"
 
 
 # -- options ---------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def no_jobs_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "cluster" in request.fixturenames:
         slurm("scancel", "--user", USER, check=False)
-        wait_for(lambda: slurm("squeue", "-h", "-u", USER).strip() == "", 40, "for jobs to end")
+        wait_for(lambda: slurm("squeue", "-h", "-u", USER).strip() == "", 150, "for jobs to end")
 
 
 @pytest.fixture

@@ -1,0 +1,186 @@
+"""What Slurm says, and what we make of it. Programs of the same names stand for odd answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import UserError
+from slurm import commands
+from slurm.commands import Busy, Row, Unanswered
+from slurm.executor import run_id, state_of
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts a shell script on PATH under a name of Slurm's."""
+
+    def put(name: str, text: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return put
+
+
+LINE = "7|RUNNING|n[1-2]|2026-01-01T00:00:00|2026-01-01T00:00:30|1-02:03:04|None|/lab|night|odd"
+
+
+def test_a_line_of_squeue_is_a_row_also_with_an_odd_name(program):
+    program("squeue", f"echo '{LINE}'; echo 'something else'")
+    assert commands.queue() == [
+        Row("7", "RUNNING", "n[1-2]", "None", "night|odd", "/lab", 30.0, 93784.0)
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1", "exit 1", "kill -9 $$"]
+)
+def test_a_failed_query_is_no_information(program, text: str):
+    program("squeue", text)
+    with pytest.raises(Unanswered):
+        commands.queue()
+
+
+def test_a_query_that_hangs_is_no_information(program):
+    program("squeue", "sleep 60")
+    with pytest.raises(Unanswered, match="timed out"):
+        commands.ask(["squeue"], timeout_s=0.3)
+
+
+def test_an_empty_answer_is_an_answer(program):
+    program("squeue", "exit 0")
+    assert commands.queue() == []
+
+
+def test_a_cancelled_job_of_the_accounts_is_a_row(program):
+    program("sacct", "echo '9|CANCELLED by 1000|n1|2026-01-01T00:00:00|Unknown|None|/lab|night'")
+    row = commands.accounting(jobs=["9"])[0]
+    assert (row.state, row.queue_s, row.folder) == ("CANCELLED", None, "/lab")
+
+
+def test_where_sacct_fails_there_is_no_accounting(program):
+    program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert not commands.has_accounting()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("9:59", 599.0),
+        ("1:00:00", 3600.0),
+        ("2-00:00:00", 172800.0),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
+)
+def test_durations(text: str, seconds: float | None):
+    assert commands.seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("said", "setting"),
+    [
+        ("Batch job submission failed: Invalid partition name specified", "partition"),
+        ("Invalid account or account/partition combination specified", "account"),
+        ("Invalid qos specification", "qos"),
+        ("Invalid generic resource (gres) specification", "gpu_syntax or gpus"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "hold_hours"),
+        ("Requested node configuration is not available", "gpus, cpus, memory"),
+        ("Memory specification can not be satisfied", "memory"),
+        ("something that nobody has seen before", "executor's settings"),
+    ],
+)
+def test_a_refusal_names_the_setting_and_keeps_slurms_words(said: str, setting: str):
+    error = commands.refusal(said)
+    assert isinstance(error, UserError)
+    assert said in str(error)
+    assert setting in str(error)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("AssocMaxSubmitJobLimit; Job violates accounting/QOS policy (job submit limit)", Busy),
+        ("QOSMaxSubmitJobPerUserLimit", Busy),
+        ("Unable to contact slurm controller (connect failure)", Unanswered),
+        ("Socket timed out on send/recv operation", Unanswered),
+        ("returned non-zero exit status 124.", Unanswered),
+        ("Zero Bytes were transmitted or received", Unanswered),
+    ],
+)
+def test_what_passes_by_itself_is_no_refusal(said: str, kind: type):
+    assert isinstance(commands.refusal(said), kind)
+
+
+@pytest.mark.parametrize(
+    ("reason", "permanent"),
+    [
+        ("Resources", False),
+        ("Priority", False),
+        ("None", False),
+        ("Dependency", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("AssocGrpSubmitJobsLimit", False),
+        ("AssocMaxJobsLimit", False),
+        ("AssocGrpGRES", True),
+        ("AssocGrpCPUMinutesLimit", True),
+        ("QOSGrpGRESMinutes", True),
+        ("ReqNodeNotAvail, UnavailableNodes:n1", True),
+        ("ReqNodeNotAvail, Reserved for maintenance", True),
+        ("PartitionTimeLimit", True),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("JobHeldAdmin", True),
+        ("BadConstraints", True),
+    ],
+)
+def test_reasons_that_waiting_does_not_mend_come_with_a_remedy(reason: str, permanent: bool):
+    state = state_of(Row("1", "PENDING", reason=reason))
+    assert state.permanent is permanent
+    assert state.reason.startswith(reason)
+    assert (": " in state.reason) is permanent
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [
+        ("PENDING", "pending"),
+        ("RUNNING", "running"),
+        ("COMPLETING", "running"),
+        ("COMPLETED", "ended"),
+        ("FAILED", "ended"),
+        ("TIMEOUT", "ended"),
+        ("NODE_FAIL", "ended"),
+        ("OUT_OF_MEMORY", "ended"),
+        ("A_STATE_OF_TOMORROW", "ended"),
+    ],
+)
+def test_phases(state: str, phase: str):
+    assert state_of(Row("1", state)).phase == phase
+
+
+def test_only_preemption_counts_as_preemption():
+    assert state_of(Row("1", "PREEMPTED")).preempted
+    assert not state_of(Row("1", "CANCELLED")).preempted
+
+
+def test_an_outer_jobs_variables_do_not_reach_slurms_commands(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SBATCH_PARTITION", "x")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/slurm.conf")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk")
+    environment = commands.environment()
+    assert not {"SLURM_JOB_ID", "SBATCH_PARTITION", "ANTHROPIC_API_KEY"} & set(environment)
+    assert environment["SLURM_CONF"] == "/etc/slurm/slurm.conf"
+
+
+def test_a_host_without_slurm_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"no sbatch on this host .*executor.kind: local"):
+        commands.require("sbatch", "executor.kind: slurm")
+
+
+def test_a_runs_id_is_the_end_of_its_name():
+    assert run_id("my-night-e0042-s1-a1") == "e0042-s1-a1"
