@@ -1,7 +1,7 @@
 """The process between the wrapper and the program: builds the walls, starts it, ends its tree.
 
 Run as a plain script by a bare interpreter, in the program's own scrubbed environment, with a plan
-(see sandbox.py; marshalled, in hex: the json module takes 8 ms to import) as its only argument.
+(see sandbox.py; marshalled, since the json module takes 8 ms to import) on its standard input.
 What happens goes to the plan's status descriptor, one line each: "started", then "exit CODE" or
 "signal NUMBER"; or "failed WORDS" (the walls could not be built, nothing ran) or "missing WORDS"
 (the command could not be started).
@@ -262,7 +262,8 @@ def descendants(root):
 
 
 def main():
-    plan = marshal.loads(bytes.fromhex(sys.argv[1]))
+    plan = marshal.loads(sys.stdin.buffer.read())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     status = plan["status"]
     os.set_inheritable(status, False)
     die_with_parent(plan["parent"])

@@ -89,8 +89,8 @@ class Command:
         self.status, theirs = os.pipe()
         told = {**plan, "status": theirs, "parent": os.getpid()}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", LAUNCHER, marshal.dumps(told).hex()],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", "-S", LAUNCHER],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if split_output else subprocess.STDOUT,
             env=dict(env),
@@ -98,6 +98,8 @@ class Command:
             start_new_session=True,  # Ctrl-C is the wrapper's
         )
         os.close(theirs)
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+            pipe.write(marshal.dumps(told))
         os.set_blocking(self.status, False)
         self._walled = plan["walls"]
         self.cpu_s = 0.0
