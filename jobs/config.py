@@ -467,6 +467,11 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield "task: direction and scorer are a general task's; nanochat's val_bpb is minimised"
     if not task.editable:
         yield "task.editable: is empty; nothing could be proposed"
+    for name, branch in config.branches.items():
+        if (branch.node or branch.constraint) and config.executor.kind == "local":
+            yield f"branches.{name}: node and constraint need executor.kind slurm or allocation"
+        if branch.constraint and config.executor.kind == "allocation":
+            yield f"branches.{name}.constraint: an allocation has executor.constraint, for all"
     for path, agent in _agents(config):
         if agent.kind == "scripted" and not agent.script:
             yield f"{path}.script: is missing; a scripted researcher reads its edits from there"

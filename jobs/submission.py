@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from jobs import process
@@ -36,11 +37,22 @@ class JobState:
     preempted: bool = False
 
 
+# Where a branch wants its runs: any of "node", "constraint" (a feature of nodes), "gpu" (a model).
+Place = Mapping[str, str]
+ANYWHERE: Place = MappingProxyType({})
+
+
 class Executor(Protocol):
     """Runs payloads somewhere. Names are unique for ever: '<campaign>-<run id>'."""
 
     def submit(
-        self, run: Run, name: str, run_dir: Path, limit_s: float, avoid: frozenset[str] = ...
+        self,
+        run: Run,
+        name: str,
+        run_dir: Path,
+        limit_s: float,
+        avoid: frozenset[str] = ...,
+        place: Place = ...,
     ) -> Submission:
         """Hand over one run. Raises UserError for settings that are wrong, Paused for an outage."""
 
@@ -93,6 +105,7 @@ class LocalExecutor:
         run_dir: Path,
         limit_s: float,
         avoid: frozenset[str] = frozenset(),
+        place: Place = ANYWHERE,
     ) -> Submission:
         # A run needs no key of the model's: none is in reach of its process list.
         environment = {k: v for k, v in os.environ.items() if k not in SECRETS}

@@ -16,7 +16,7 @@ from jobs import payload
 from jobs.config import Executor as Settings
 from jobs.errors import UserError
 from jobs.model import Run, Submission
-from jobs.submission import JobState
+from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
 from slurm.commands import Busy, Row, Unanswered
 from slurm.executor import last_line, run_id, scancel, state_of
@@ -95,13 +95,15 @@ class AllocationRuns:
         run_dir: Path,
         limit_s: float,
         avoid: frozenset[str] = frozenset(),
+        place: Place = ANYWHERE,
     ) -> Submission:
         """Start one run in a free place, or keep it for the next `survey` that finds one.
 
         Raises:
             UserError: Slurm refused the holder for a setting; with its own words.
         """
-        entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, tuple(sorted(avoid)))
+        avoided = tuple(sorted(avoid))
+        entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, avoided, dict(place))
         if limit_s + END_MARGIN_S > self._settings.hold_hours * 3600:
             raise UserError(
                 f"a run may take {limit_s:.0f} s, which never fits into an allocation of"
@@ -139,15 +141,15 @@ class AllocationRuns:
             if not self._fits(holder, entry):
                 continue
             for slot in range(script.per_node(self._settings)):
-                for node in holder.nodes:  # spread over the nodes first
-                    if node not in entry.avoid and (holder.row.job, node, slot) not in taken:
+                for node in _usable(holder, entry):  # spread over the nodes first
+                    if (holder.row.job, node, slot) not in taken:
                         return holder.row.job, node, slot
         return None
 
     def _fits(self, holder: Holder, entry: Entry, ahead_s: float = END_MARGIN_S) -> bool:
         """Whether the run could go through in this holder, were a place free for it."""
-        usable = set(holder.nodes) - set(entry.avoid)
-        return holder.running and bool(usable) and holder.left_s >= entry.limit_s + ahead_s
+        usable = holder.running and bool(_usable(holder, entry))
+        return usable and holder.left_s >= entry.limit_s + ahead_s
 
     def _launch(self, entry: Entry, holder: str, node: str, slot: int) -> None:
         entry = self._table.put(
@@ -200,13 +202,15 @@ class AllocationRuns:
             900.0, self._settings.hold_hours * 900
         )  # a quarter of its time, if that is less
         longest = max(active, key=lambda entry: entry.limit_s)
-        return any(self._fits(holder, longest, ahead) for holder in self._holders)
+        asked = [longest, *(entry for entry in active if "node" in entry.place)]
+        return all(any(self._fits(h, entry, ahead) for h in self._holders) for entry in asked)
 
     def _ask_for_holder(self, active: Sequence[Entry]) -> None:
         limit = max(entry.limit_s for entry in active)
         avoid = set.intersection(*(set(entry.avoid) for entry in active))
+        nodes = {entry.place["node"] for entry in active if "node" in entry.place}
         text = script.holder_text(
-            self._settings, self._campaign_dir, limit, avoid, self.stale_s, self.idle_s
+            self._settings, self._campaign_dir, limit, avoid, self.stale_s, self.idle_s, nodes
         )
         try:
             job = commands.ask(["sbatch", "--parsable"], stdin=text).split(";")[0].strip()
@@ -390,6 +394,12 @@ class AllocationRuns:
                 draft.replace(path)
             if self._closed.wait(self.heartbeat_s):
                 return
+
+
+def _usable(holder: Holder, entry: Entry) -> list[str]:
+    """The nodes that a run may be on: its branch's own, or all that it need not avoid."""
+    own = entry.place.get("node")
+    return [n for n in holder.nodes if (n == own if own else n not in entry.avoid)]
 
 
 def _key(entry: Entry) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from jobs import payload
 from jobs.config import Executor as Settings
 from jobs.errors import AutoresearchError, Paused
 from jobs.model import Run, Submission
-from jobs.submission import JobState
+from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
 from slurm.commands import Busy, Row, Unanswered
 from slurm.table import Entry, Table
@@ -55,13 +55,15 @@ class SlurmExecutor:
         run_dir: Path,
         limit_s: float,
         avoid: frozenset[str] = frozenset(),
+        place: Place = ANYWHERE,
     ) -> Submission:
         """Hand one run to Slurm. `limit_s`: seconds that the whole run may take.
 
         Raises:
             UserError: Slurm refused it for a setting; with its own words, and nothing was started.
         """
-        entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, tuple(sorted(avoid)))
+        avoided = tuple(sorted(avoid))
+        entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, avoided, dict(place))
         if job := self._try(entry):
             return Submission(run.id, "slurm", job)
         self._waiting.put(entry)
@@ -84,7 +86,7 @@ class SlurmExecutor:
         folder = script.job_folder(self._campaign_dir, entry.name)
         folder.mkdir(parents=True, exist_ok=True)
         parameters = script.sbatch_parameters(
-            self._settings, entry.name, folder, entry.limit_s, entry.avoid
+            self._settings, entry.name, folder, entry.limit_s, entry.avoid, entry.place
         )
         job_executor = AutoExecutor(folder, cluster="slurm")
         job_executor.update_parameters(**{f"slurm_{k}": v for k, v in parameters.items()})

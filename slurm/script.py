@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string as submitit_script
@@ -41,9 +43,15 @@ def per_node(settings: Settings) -> int:
 
 
 def sbatch_parameters(
-    settings: Settings, name: str, folder: Path, limit_s: float, avoid: Iterable[str] = ()
+    settings: Settings,
+    name: str,
+    folder: Path,
+    limit_s: float,
+    avoid: Iterable[str] = (),
+    place: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What submitit's AutoExecutor is told, without the prefix slurm_ of its names."""
+    settings, node = placed(settings, place), place.get("node")
     gpus, extra = _gpu_option(settings, settings.gpus), {}
     extra |= {"export": "ALL", "no-requeue": True, "chdir": str(folder)}
     extra |= {gpus[0]: gpus[1]} if gpus else {}
@@ -58,7 +66,8 @@ def sbatch_parameters(
         "account": settings.account,
         "qos": settings.qos,
         "constraint": settings.constraint,
-        "exclude": ",".join(sorted({*settings.exclude, *avoid})) or None,
+        "nodelist": node,
+        "exclude": ",".join(sorted({*settings.exclude, *avoid} - {node})) or None,
         "signal_delay_s": 5,  # submitit's 90 s would end short runs early
         "stderr_to_stdout": True,
         "use_srun": False,  # one process less; the run watches itself
@@ -66,6 +75,14 @@ def sbatch_parameters(
         "additional_parameters": extra,
     }
     return {key: value for key, value in parameters.items() if value is not None}
+
+
+def placed(settings: Settings, place: Mapping[str, str]) -> Settings:
+    """The settings of a run whose branch asks for a feature or a GPU model of its own."""
+    features = [f for f in (settings.constraint, place.get("constraint")) if f]
+    number = settings.gpus.rpartition(":")[2]
+    gpus = f"{place['gpu']}:{number}" if "gpu" in place else settings.gpus
+    return dataclasses.replace(settings, constraint="&".join(features) or None, gpus=gpus)
 
 
 def sbatch_text(
@@ -140,8 +157,9 @@ def holder_text(
     avoid: Iterable[str] = (),
     stale_s: float = STALE_S,
     idle_s: float = IDLE_S,
+    nodes: Iterable[str] = (),
 ) -> str:
-    """The script of a job that holds nodes until nobody needs them.
+    """The script of a job that holds nodes, `nodes` among them, until nobody needs them.
 
     It compares two counters in a file that the controller rewrites: one is the heartbeat, the other
     stands still while no run is wanted. Only changes count, so no clocks are compared. Running
@@ -160,7 +178,8 @@ def holder_text(
         "qos": settings.qos,
         "constraint": settings.constraint,
         "reservation": settings.reservation,
-        "exclude": ",".join(sorted({*settings.exclude, *avoid})) or None,
+        "nodelist": ",".join(sorted(nodes)) or None,
+        "exclude": ",".join(sorted({*settings.exclude, *avoid} - set(nodes))) or None,
         "output": campaign_dir.absolute() / "submitit" / "holder-%j.log",
         "export": "ALL",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class Entry:
     run_dir: str
     limit_s: float
     avoid: tuple[str, ...] = ()
+    place: Mapping[str, str] = field(default_factory=dict)  # node, constraint, gpu: its branch's
     asked: float = field(default_factory=time.time)  # Unix time
     holder: str | None = None  # job id of the allocation
     node: str | None = None
