@@ -9,13 +9,13 @@ from pathlib import Path
 
 from jobs import materialise, outcome
 from jobs.effects import effect
-from jobs.errors import Paused
-from jobs.history import OpenRun
+from jobs.errors import Paused, UserError
+from jobs.history import OpenRun, State
 from jobs.journal import Journal
 from jobs.model import Result, to_json
 from jobs.plan import Wanted
 from jobs.repository import Repository
-from jobs.submission import Executor, JobState
+from jobs.submission import Executor, JobState, Place
 
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
 LOCAL_LOST_AFTER_S = 0.5
@@ -40,6 +40,7 @@ class Runs:
         self._surveyed = 0.0  # monotonic time of the last survey
         self._states: dict[str, JobState] = {}
         self._missing_since: dict[str, float] = {}  # run id -> first survey without its job
+        self._refused: dict[str, str] = {}  # run id -> why its executor would not take it
 
     def folder(self, run: OpenRun) -> Path:
         return self._site.campaign_dir / "runs" / run.folder
@@ -84,8 +85,16 @@ class Runs:
             materialise.task(site, state, experiment, run.run, folder).save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
         self._repository.snapshot(experiment.commit, folder / "program", editable)
-        with effect("run.submit"):
-            submission = self._executor.submit(run.run, run.name, folder, self._limit_s(), avoid)
+        place = _place(state, run)
+        try:
+            with effect("run.submit"):
+                limit = self._limit_s()
+                submission = self._executor.submit(run.run, run.name, folder, limit, avoid, place)
+        except UserError as error:
+            if not place:
+                raise
+            self._refused[run.run.id] = str(error)  # its branch's own fault: the others carry on
+            return
         self._journal.record("run_submitted", submission=to_json(submission))
 
     def _limit_s(self) -> float:
@@ -106,10 +115,18 @@ class Runs:
         if (missing := [r for r in running if results[r.run.id] is None]) and self._survey_due():
             results |= self._survey(missing)
         found = [(run, results[run.run.id]) for run in running]
-        return [(run, self._with_queue(run, result)) for run, result in found if result]
+        ended = [(run, self._with_queue(run, result)) for run, result in found if result]
+        refused, self._refused = self._refused, {}
+        opened = [(self._journal.state.open_runs[run], why) for run, why in refused.items()]
+        return ended + [(r, outcome.lost(r.run, why, JobState("absent"))) for r, why in opened]
 
     def _read(self, run: OpenRun) -> Result | None:
-        return outcome.read(self.folder(run), run.run)
+        result = outcome.read(self.folder(run), run.run)
+        wanted = _place(self._journal.state, run).get("gpu")
+        if result is None or result.gpu is None or (wanted or "").lower() in result.gpu.lower():
+            return result
+        why = f"it ran on {result.gpu}, its branch wants {wanted}"
+        return dataclasses.replace(result, status="infrastructure", reason=why, metric=None)
 
     def _with_queue(self, run: OpenRun, result: Result) -> Result:
         self._missing_since.pop(run.run.id, None)
@@ -164,6 +181,12 @@ class Runs:
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
         return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
+
+
+def _place(state: State, run: OpenRun) -> Place:
+    """Where the run's branch wants it."""
+    settings = state.branch(run.branch).settings
+    return {k: settings[k] for k in ("node", "constraint", "gpu") if settings.get(k)}
 
 
 def _make(folder: Path) -> None:
