@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LAST, CHAIN, NEAR, GROUPS, FLIGHT, BRANCHES, NOTES = 20, 14, 8, 8, 12, 6, 5
 LOOKED_AT = 400  # newest experiments in which near misses and failures are sought
 LONGEST = 160  # characters of one description
+LONGEST_DIFF = 1500  # of another branch's keep
 RULES = """\
 You are the researcher of an automatic experiment loop. Each conversation has one purpose: to \
 submit one experiment, that is one edited program with a hypothesis. A controller commits it, \
@@ -116,7 +117,7 @@ def digest(state: State, branch: str, context: Context, fix: str | None = None) 
         ("Near misses (small losses: may work together, or better tuned)", _near(recent)),
         ("Failures, grouped", _failures(recent)),
         ("In flight now (do not propose these again)", _in_flight(state)),
-        ("Other branches", _others(state, branch)),
+        ("Other branches, and what their last keeps changed", _others(state, branch, context)),
     ]
     texts = [f"## {title}\n" + "\n".join(body) for title, body in _filled(sections)]
     parts = ["# History", data("\n\n".join(texts))]
@@ -202,13 +203,14 @@ def _in_flight(state: State) -> Iterator[str]:
         yield f"{name} on {one_line(record.branch, 64)}: {one_line(record.description, LONGEST)}"
 
 
-def _others(state: State, branch: str) -> Iterator[str]:
+def _others(state: State, branch: str, context: Context) -> Iterator[str]:
     others = [found for name, found in state.branches.items() if name != branch]
     others.sort(key=lambda found: (-found.kept, found.name))
     for found in others[:BRANCHES]:
         yield f"{one_line(found.name, 64)}: best {_number(found.best_metric)}, {found.kept} kept"
         for name in found.kept_ids[1:][-2:]:
             yield f"  {_line(state.record(name))}"
+            yield cut(context.records.diff(name), LONGEST_DIFF)
 
 
 def _escalation(since_keep: int) -> Iterator[str]:

@@ -21,6 +21,7 @@ from jobs.runs import Runs
 from jobs.submission import Executor
 
 POLL_S = 0.1
+PLACE = ("node", "constraint", "gpu")  # of a branch, where the campaign ran
 
 
 class Memory(Journal):
@@ -44,9 +45,11 @@ def afresh(state: State, experiments: Sequence[Experiment], timed: bool) -> Stat
         old, told = state.record(one.id), {"experiment": to_json(one)}
         new = old._replace(commit=one.commit, proposed=told, runs=(), verdict=None, decided=None)
         records.replace(int(one.id[1:]) - 1, new)
-    branches = dict(state.branches)
-    if not timed:
-        branches = {n: dataclasses.replace(b, baseline=None) for n, b in branches.items()}
+    branches = {}
+    for name, branch in state.branches.items():
+        settings = {k: v for k, v in branch.settings.items() if k not in PLACE}
+        first = branch.baseline if timed else None
+        branches[name] = dataclasses.replace(branch, settings=settings, baseline=first)
     return dataclasses.replace(state, records=records, open_runs={}, branches=branches)
 
 
