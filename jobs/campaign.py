@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs import lab, lease, materialise, names, snapshot
 from jobs.config import Config, to_dict
-from jobs.errors import Paused, UserError
+from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
 from jobs.ledger import Ledger, Lines
 from jobs.repository import Repository
@@ -93,41 +93,37 @@ def opened(config: Config, root: Path, say: Callable[[str], None]) -> Iterator[O
         LeaseHeld: another controller runs it.
         UserError, Paused: as `site`, `Repository` and `Ledger`.
     """
+    with contextlib.ExitStack() as stack, refusals_told():
+        yield _open(config, root, say, stack)
+
+
+def _open(
+    config: Config, root: Path, say: Callable[[str], None], stack: contextlib.ExitStack
+) -> Open:
     repository = Repository(root)
     for remark in repository.remarks():
         say(remark)
     common = site(config, root)
     directory = common.campaign_dir
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "inbox").mkdir(exist_ok=True)
-    except OSError as error:
-        raise Paused(f"{directory} cannot be made: {error.strerror}", "Mend that") from None
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "inbox").mkdir(exist_ok=True)
     with contextlib.suppress(ValueError):  # a folder elsewhere needs no excluding
-        inside = directory.parent.relative_to(repository.root)
+        inside = directory.parent.resolve().relative_to(repository.root.resolve())
         repository.exclude(f"/{inside}/")
     highest = _highest_fence(directory)
-    with lease.acquire(directory, config.lease.stale_after, highest) as held:
-        ledger = Ledger(directory / "ledger.jsonl", held.fence, held.check)
-        if ledger.torn:
-            say(f"the ledger's last line was torn by a kill and is cut off: {ledger.torn[:60]!r}")
-        try:
-            state = _state(directory)
-            state = _begin(state, ledger, config, common, repository)
-            common = _export_scorer(common, repository, state)
-            yield Open(common, repository, ledger, held, state)
-        finally:
-            ledger.close()
+    held = stack.enter_context(lease.acquire(directory, config.lease.stale_after, highest))
+    ledger = Ledger(directory / "ledger.jsonl", held.fence, held.check)
+    stack.callback(ledger.close)
+    if ledger.torn:
+        say(f"the ledger's last line was torn by a kill and is cut off: {ledger.torn[:60]!r}")
+    state = _begin(snapshot.open_history(directory)[0], ledger, config, common, repository)
+    return Open(_export_scorer(common, repository, state), repository, ledger, held, state)
 
 
 def _highest_fence(directory: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return snapshot.open_history(directory)[0].fence
     return 0
-
-
-def _state(directory: Path) -> State:
-    return snapshot.open_history(directory)[0]
 
 
 def _begin(
@@ -145,15 +141,26 @@ def _begin(
         _require_same_facts(state, common)
         if state.config != settings:
             events.append(("config_changed", {"config": settings}))
-    for name, branch in config.branches.items():
-        if name not in state.branches:
-            start = repository.start(branch.start or "HEAD")
-            _require_program(repository, config, start)
-            chosen = to_dict(branch) | {"start_commit": start}  # type: ignore[arg-type]
+    for name in config.branches:
+        chosen = _branch_settings(name, state, config, repository)
+        if name not in state.branches or chosen != state.branches[name].settings:
             events.append(("branch_added", {"branch": name, "settings": chosen}))
     if not events:
         return state
     return fold(ledger.append_all(events), state, state.source or Lines(ledger.path))
+
+
+def _branch_settings(
+    name: str, state: State, config: Config, repository: Repository
+) -> dict[str, Any]:
+    """What campaign.yaml says now. Where a branch starts is settled by its first keep."""
+    branch, known = config.branches[name], state.branches.get(name)
+    if known is not None and known.head is not None:
+        start = known.settings["start_commit"]
+    else:
+        start = repository.start(branch.start or "HEAD")
+        _require_program(repository, config, start)
+    return to_dict(branch) | {"start_commit": start}  # type: ignore[arg-type]
 
 
 def _require_program(repository: Repository, config: Config, commit: str) -> None:

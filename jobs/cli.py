@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `autoresearch log | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print(f"autoresearch {arguments.command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nleft at once; `autoresearch run` resumes", file=sys.stderr)
         return 130
@@ -68,13 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(commands.add_parser("run", help="run or resume the campaign", parents=[looking]))
     add("stop", "let the running experiments end, then stop the controller", looking)
     add("status", "how the campaign stands", asking)
-    one = add("log", "every experiment in a line, newest last", asking)
+    one = add("log", "every experiment in a line, newest first", asking)
     one.add_argument("--branch")
-    one.add_argument("-n", type=int, default=0, help="only the last N")
+    one.add_argument("-n", type=int, help="only the last N")
+    named = "e0042, a commit, or a branch (its last keep)"
     one = add("show", "all that is known of one experiment", asking)
-    one.add_argument("experiment", help="e0042")
+    one.add_argument("experiment", help=named)
     one = add("diff", "what an experiment changed", looking)
-    one.add_argument("experiment", help="e0042")
+    one.add_argument("experiment", help=named)
     add("report", "write results.tsv, results.parquet, progress.png and report.html", asking)
     one = add("clean", "remove what finished runs left in bulk; records stay", asking)
     one.add_argument("--dry-run", action="store_true", help="only say what would go")
@@ -243,7 +247,7 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
     campaign.read(directory)
     inbox.send(directory, order, **details)
     holder = lease.holder(directory)
-    if holder is None or holder.gone(float("inf")):
+    if holder is None or holder.gone(_config(arguments).lease.stale_after):
         print(f"{order}: left in {directory / 'inbox'}; obeyed when `autoresearch run` starts")
     else:
         print(f"{order}: left for {holder}")
@@ -259,12 +263,12 @@ def status(arguments: argparse.Namespace) -> int:
 
     state, directory = _state(arguments)
     holder = lease.holder(directory)
+    running = holder is not None and not holder.gone(_config(arguments).lease.stale_after)
+    controller = str(holder) if running else None
     if arguments.json:
-        print(json.dumps({**report.summary(state), "controller": holder and str(holder)}, indent=1))
+        print(json.dumps(report.summary(state, controller), indent=1))
     else:
-        print(report.status_text(state))
-        running = holder is not None and not holder.gone(float("inf"))
-        print(f"controller: {holder}" if running else "controller: none runs (autoresearch run)")
+        print(report.status_text(state, controller))
     return 0
 
 
@@ -290,7 +294,7 @@ def show(arguments: argparse.Namespace) -> int:
     from jobs.model import to_json
 
     state, _ = _state(arguments)
-    name = _experiment(state, arguments.experiment)
+    name = report.find(state, arguments.experiment).id
     if arguments.json:
         decision = state.decision(name)
         found = {
@@ -306,11 +310,11 @@ def show(arguments: argparse.Namespace) -> int:
 
 @command
 def diff(arguments: argparse.Namespace) -> int:
+    from jobs import report
     from jobs.repository import Repository
 
-    state, directory = _state(arguments)
-    record = state.record(_experiment(state, arguments.experiment))
-    print(Repository(directory).diff(record.base, record.commit), end="")
+    record = report.find(_state(arguments)[0], arguments.experiment)
+    print(Repository(_root(arguments)).diff(record.base, record.commit), end="")
     return 0
 
 
@@ -320,7 +324,7 @@ def report(arguments: argparse.Namespace) -> int:
     from jobs.repository import Repository
 
     state, directory = _state(arguments)
-    files = report.write_all(directory, state, Repository(directory))
+    files = report.write_all(directory, state, Repository(_root(arguments)))
     print(
         json.dumps({k: str(v) for k, v in files.items()})
         if arguments.json
@@ -390,14 +394,6 @@ def _state(arguments: argparse.Namespace) -> tuple[Any, Path]:
 
     directory = _directory(arguments)
     return campaign.read(directory), directory
-
-
-def _experiment(state: Any, name: str) -> str:
-    try:
-        return state.record(name).id
-    except KeyError:
-        last = len(state.records)
-        raise UserError(f"no experiment {name!r}: there are e0001 to e{last:04d}") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jobs import disk, inbox, materialise, mirror, names, plan, policy, report
 from jobs.campaign import Open
 from jobs.config import Config, deadline
 from jobs.effects import effect
-from jobs.errors import AutoresearchError, Paused, UserError
+from jobs.errors import AutoresearchError, Paused, UserError, refusals_told
 from jobs.history import OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
@@ -30,6 +30,7 @@ from jobs.proposals import Proposals
 from jobs.repository import BranchInUse, RefMoved
 from jobs.runs import Runs
 from jobs.submission import Executor
+from jobs.tables import Tables
 
 TICK_S = 0.02  # between two looks at the world
 MIRROR_EVERY = 50  # decisions between two copies of the records into git
@@ -65,7 +66,8 @@ class Controller:
         self._ending: str | None = None  # why no more proposals are asked for
         self._confirming = False
         self._interrupts = 0
-        self._unmirrored = 0
+        self._tables = Tables(self.folder)
+        self._unmirrored = 0  # decisions since the records were last copied into git
         self._deadline = _deadline(self.config)
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -79,14 +81,8 @@ class Controller:
         """
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._recover()
-            while (reason := self._finished()) is None:
-                events = self.journal.state.events
-                self._tick()
-                if self.journal.state.events == events:
-                    time.sleep(TICK_S)
-            self.journal.record("stopped", reason=reason)
-            return reason
+            with refusals_told():
+                return self._loop()
         except Paused as error:
             self.journal.record_pause(error)
             raise
@@ -97,6 +93,16 @@ class Controller:
             self._close_books()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _loop(self) -> str:
+        self._recover()
+        while (reason := self._finished()) is None:
+            events = self.journal.state.events
+            self._tick()
+            if self.journal.state.events == events:
+                time.sleep(TICK_S)
+        self.journal.record("stopped", reason=reason)
+        return reason
 
     def _tick(self) -> None:
         """One round over everything that may have moved."""
@@ -159,6 +165,7 @@ class Controller:
                 self._tidy(record.id)
         self._carry_over_stale()
         self.runs.adopt()
+        self._take_orders()  # also those that a campaign at its end would not come to
 
     def _restore_refs(self) -> None:
         campaign, state = self.config.campaign, self.journal.state
@@ -180,15 +187,27 @@ class Controller:
     def _take_orders(self) -> None:
         for path, content in inbox.waiting(self.folder):
             if path.stem not in self.journal.state.orders:
-                try:
-                    events = self._obeyed(content)
-                except UserError as error:
-                    events = []
-                    self.say(f"order {content['order'] or path.name} refused: {error}")
-                self.journal.record_all([("order", {**content, "name": path.stem}), *events])
-                self._act_on(content)
+                self._obey({**content, "name": path.stem})
             with effect("inbox.take"):
                 path.unlink(missing_ok=True)
+
+    def _obey(self, order: dict[str, Any]) -> None:
+        """Record an order together with what comes of it, so that no kill can part the two."""
+        recorded: Events = [("order", order)]
+        try:
+            if order["order"] == "adopt" and self._adopt(order, recorded):
+                return
+            recorded += self._obeyed(order)
+        except UserError as error:
+            self.say(f"order {order['order'] or order['name']} refused: {error}")
+        self.journal.record_all(recorded)
+        if order["order"] == "stop":
+            self._ending = "stopped by order"
+            self.stop.set()
+
+    def _adopt(self, order: dict[str, Any], recorded: Events) -> bool:
+        name, into = str(order.get("experiment")), str(order.get("into"))
+        return self.proposals.carry_over(name, into, "adopted", recorded)
 
     def _obeyed(self, content: dict[str, Any]) -> Events:
         """The events that an order amounts to. Raises UserError where it cannot be obeyed."""
@@ -218,17 +237,6 @@ class Controller:
         settings["start_commit"] = self.repository.start(settings.get("start") or "HEAD")
         return settings
 
-    def _act_on(self, content: dict[str, Any]) -> None:
-        if content["order"] == "stop":
-            self._ending = "stopped by order"
-            self.stop.set()
-        elif content["order"] == "adopt":
-            try:
-                name, into = str(content.get("experiment")), str(content.get("into"))
-                self.proposals.carry_over(name, into, "adopted")
-            except UserError as error:
-                self.say(f"order adopt refused: {error}")
-
     # -- runs -------------------------------------------------------------------------------------
 
     def _wanted(self) -> list[Wanted]:
@@ -254,7 +262,7 @@ class Controller:
             self.say(f"{run.run.experiment}  seed {run.run.seed}: {score} ({result.status})")
             with effect("run.tidy"):
                 disk.tidy(self.runs.folder(run), keep=None)
-            self._write_tables()
+            self._keep_books()
 
     def _against_program(self, run: OpenRun, result: Result) -> Result:
         """What program.md's front matter demands of a result (parameters, memory) is enforced."""
@@ -280,7 +288,7 @@ class Controller:
             if decision.verdict == "keep":
                 self._advance(branch.name, branch.head_commit)
             self._tidy(name)
-            self._write_tables()
+            self._keep_books()
             self._after(name, bool(decision.numbers.get("rebase")))
         if reason := policy.pause_reason(self.journal.state):
             raise Paused(reason, "See the last results (autoresearch log), mend it, start again")
@@ -330,23 +338,26 @@ class Controller:
 
     # -- books ------------------------------------------------------------------------------------
 
-    def _write_tables(self) -> None:
-        with effect("report.write"):
-            report.write_tables(self.folder, self.journal.state)
+    def _keep_books(self) -> None:
+        self._write_tables()
         self._unmirrored += 1
         if self._unmirrored >= MIRROR_EVERY:
+            self._unmirrored = 0
             self._mirror()
+
+    def _write_tables(self) -> None:
+        with effect("report.write"):
+            self._tables.update(self.journal.state)
 
     def _mirror(self) -> None:
         """Notes and records into git, from where the campaign can be rebuilt."""
-        self._unmirrored = 0
         report.mirror_notes(self.repository, self.journal.state)
         mirror.save_ledger(self.repository, self.config.campaign, self.opened.ledger.path)
         self.repository.pack()
 
     def _close_books(self) -> None:
         try:
-            report.write_tables(self.folder, self.journal.state)
+            self._write_tables()
             self._mirror()
             self.journal.snapshot(force=True)
         except (OSError, AutoresearchError) as error:

@@ -11,7 +11,6 @@ from agent.researcher import Researcher, researcher
 from jobs import campaign, materialise, submission
 from jobs.config import Agent, Branch, Config
 from jobs.controller import Controller
-from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Experiment, Run
 
@@ -24,7 +23,7 @@ def run(config: Config, root: Path, say: Callable[[str], None]) -> str:
         say(f"campaign {config.campaign}{scale}: {opened.site.campaign_dir}")
         if state.records:
             say(f"resumed at {len(state.records)} experiments")
-        cast = Cast(config)
+        cast = Cast(config, root)
         for name in state.branches:
             cast(name)  # settings that no researcher can be made from are told before a run starts
         executor = submission.executor(config.executor, opened.site.campaign_dir)
@@ -33,31 +32,33 @@ def run(config: Config, root: Path, say: Callable[[str], None]) -> str:
 
 
 class Cast:
-    """Who proposes on each branch, made when first asked for."""
+    """Who proposes on each branch, made when first asked for. Scripts lie beside campaign.yaml."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, root: Path) -> None:
+        self._config, self._root = config, root
         self._researchers: dict[str, Researcher] = {}
         self._understudy: Researcher | None = None
 
     def __call__(self, branch: str) -> Researcher:
         """The branch's own researcher. Raises UserError for settings that do not make one."""
         if branch not in self._researchers:
-            settings = self._config.branches.get(branch, Branch(agent=self._config.agent)).agent
-            try:
-                self._researchers[branch] = researcher(settings)
-            except ValueError as error:
-                raise UserError(f"branches.{branch}.agent: {error}") from None
+            settings = self._settings(branch)
+            if settings.script is not None:
+                script = str(self._root / settings.script)
+                settings = dataclasses.replace(settings, script=script)
+            self._researchers[branch] = researcher(settings, self._config.agent.caps)
         return self._researchers[branch]
 
     def understudy(self, branch: str) -> Researcher | None:
         """Who steps in while a branch's researcher is unavailable: the sweep, for a paid one."""
-        settings = self._config.branches.get(branch, Branch(agent=self._config.agent)).agent
-        if settings.kind not in ("anthropic", "command") or settings.at_cap == "end":
+        if self._settings(branch).kind not in ("anthropic", "command"):
             return None
         if self._understudy is None:
             self._understudy = researcher(dataclasses.replace(Agent(), kind="sweep"))
         return self._understudy
+
+    def _settings(self, branch: str) -> Agent:
+        return self._config.branches.get(branch, Branch(agent=self._config.agent)).agent
 
 
 def dry_run(config: Config, root: Path) -> str:

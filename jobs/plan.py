@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -76,8 +76,12 @@ def in_flight(state: State, branch: str | None = None) -> int:
     return len(experiments) + len(requests)
 
 
-def openings(state: State, config: Config) -> Iterator[str]:
-    """Names of branches, once for each proposal that should be asked for now."""
+def openings(state: State, config: Config, mute: Collection[str] = frozenset()) -> Iterator[str]:
+    """Names of branches, once for each proposal that should be asked for now.
+
+    Args:
+        mute: branches that nobody can propose for; their turn goes to the others.
+    """
     room = config.executor.slots - in_flight(state)
     asked = len(state.records) + len(state.requests)
     if config.limits.experiments is not None:
@@ -85,7 +89,7 @@ def openings(state: State, config: Config) -> Iterator[str]:
     free = {
         b.name: slots(b, config) - in_flight(state, b.name)
         for b in state.branches.values()
-        if b.active and b.head is not None
+        if b.active and b.head is not None and b.name not in mute
     }
     # In turns, so that the branch named first does not take every slot.
     while room > 0 and any(count > 0 for count in free.values()):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from agent import edit
 from agent.researcher import Context, Researcher
@@ -109,17 +110,11 @@ class Proposals:
         state, config = self._journal.state, self._site.config
         for branch in list(plan.lacking_baseline(state, config)):
             self._ask_safely(branch, self._propose_baseline)
-        now = datetime.now(UTC)
-        for branch in list(plan.openings(self._journal.state, config)):
-            if branch in self._exhausted:
-                continue
-            researcher: Researcher | None = None
-            if now >= self._not_before.get(branch, now):
-                researcher = self._researchers(branch)
-            else:
-                researcher = self._understudy(branch)
-            if researcher is not None:
-                self._ask_safely(branch, lambda b, r=researcher: self._request(b, r))
+        napping = {b for b, until in self._not_before.items() if datetime.now(UTC) < until}
+        mute = self._exhausted | {b for b in napping if self._understudy(b) is None}
+        for branch in list(plan.openings(self._journal.state, config, mute)):
+            who = self._understudy if branch in napping else self._researchers
+            self._ask_safely(branch, lambda b, who=who: self._request(b, who(b)))
 
     def _ask_safely(self, branch: str, act: Callable[[str], None]) -> None:
         """One branch's trouble (its program.md is gone) pauses that branch, not the others."""
@@ -218,8 +213,18 @@ class Proposals:
             self._not_before[branch] = _moment(answer.until)
         self._say(f"{branch}: no proposal now: {answer.reason}")
 
-    def accept(self, request: str | None, proposal: Proposal, program_sha256: str) -> None:
-        """From a proposal to an experiment: objects, the record, the ref, in this order."""
+    def accept(
+        self,
+        request: str | None,
+        proposal: Proposal,
+        program_sha256: str,
+        recorded: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    ) -> None:
+        """From a proposal to an experiment: objects, the record, the ref, in this order.
+
+        Args:
+            recorded: events that belong before it in the ledger, in one write with it.
+        """
         parent = self._experiment_at(proposal.branch, proposal.base)
         commit = self._commit(proposal, parent, program_sha256)
         before = self.files(proposal.base)
@@ -240,7 +245,8 @@ class Proposals:
             usage=proposal.usage,
             rebased_from=proposal.rebased_from,
         )
-        self._journal.record("proposed", proposal=request, experiment=to_json(experiment))
+        proposed = {"proposal": request, "experiment": to_json(experiment)}
+        self._journal.record_all([*recorded, ("proposed", proposed)])
         ref = names.attempt_ref(self._site.config.campaign, experiment.id)
         self._repository.point(ref, commit, None)
         self._known[edit.fingerprint({**before, **proposal.files})] = experiment.id
@@ -265,11 +271,21 @@ class Proposals:
             return head.head
         return next((r.id for r in reversed(state.recent(RECENT)) if r.commit == commit), None)
 
-    def carry_over(self, name: str, into: str, word: str) -> None:
+    def carry_over(
+        self,
+        name: str,
+        into: str,
+        word: str,
+        recorded: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    ) -> bool:
         """Propose an experiment's edit again on the present head of a branch, by a 3-way merge.
 
         Args:
             word: "rebased" or "adopted", for the description.
+            recorded: as `accept` takes it.
+
+        Returns:
+            Whether there is an experiment of it now, and `recorded` in the ledger.
 
         Raises:
             UserError: no such experiment or branch, a branch without a head.
@@ -284,10 +300,10 @@ class Proposals:
         merged = self._merged(source.base, source.commit, head)
         if merged is None:
             self._say(f"{name} does not merge with the head of {into}: left as it is")
-            return
+            return False
         if not merged:
             self._say(f"{name} is in {into} already")
-            return
+            return False
         origin = state.experiment(name)
         proposal = Proposal(
             branch=into,
@@ -299,7 +315,8 @@ class Proposals:
             tags=origin.tags,
             rebased_from=name,
         )
-        self.accept(None, proposal, origin.program_sha256)
+        self.accept(None, proposal, origin.program_sha256, recorded)
+        return True
 
     def _merged(self, base: str, theirs: str, ours: str) -> Mapping[str, str] | None:
         """The files that a merge changes against `ours`; None on a conflict."""

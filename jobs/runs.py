@@ -62,7 +62,10 @@ class Runs:
 
     def adopt(self) -> None:
         """Runs that were intended: find their jobs by name, or submit them now."""
-        unsure = [r for r in self._journal.state.open_runs.values() if r.submission is None]
+        opened = self._journal.state.running()
+        # so that the executor knows which GPUs are taken before it starts anything
+        self._executor.survey([run.submission for run in opened if run.submission])
+        unsure = [run for run in opened if run.submission is None]
         found = self._executor.find([run.name for run in unsure]) if unsure else {}
         for run in unsure:
             if run.name in found:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class LocalExecutor:
         self._runs = campaign_dir / "runs"
         self._children: dict[int, subprocess.Popen] = {}
         self._devices = _visible_gpus()
-        self._device_of: dict[str, str] = {}  # run id -> CUDA device
+        self._holders: dict[str, tuple[str, str]] = {}  # run id -> process, CUDA device
 
     def submit(
         self,
@@ -110,10 +111,9 @@ class LocalExecutor:
         # A run needs no key of the model's: none is in reach of its process list.
         environment = {k: v for k, v in os.environ.items() if k not in SECRETS}
         environment["AUTORESEARCH_RUN_NAME"] = name
-        if self._devices:
-            free = [d for d in self._devices if d not in self._device_of.values()]
-            device = (free or self._devices)[0]
-            self._device_of[run.id] = environment["CUDA_VISIBLE_DEVICES"] = device
+        device = self._free_device()
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         with open(run_dir / "payload.log", "ab") as log:
             child = subprocess.Popen(
                 # -P: a lab may hold a folder named trainer/, which is not ours
@@ -125,7 +125,20 @@ class LocalExecutor:
                 start_new_session=True,  # Ctrl-C is the controller's, not the run's
             )
         self._children[child.pid] = child
-        return Submission(run.id, "local", process.identity(child.pid), os.uname().nodename)
+        job = process.identity(child.pid)
+        if device is not None:
+            self._holders[run.id] = (job, device)
+        return Submission(run.id, "local", job, os.uname().nodename)
+
+    def _free_device(self) -> str | None:
+        """The GPU with the fewest runs on it. A run that has its result is done with its own."""
+        self._holders = {
+            run: (job, device)
+            for run, (job, device) in self._holders.items()
+            if process.alive(job) and not (self._folder(run) / "result.json").exists()
+        }
+        used = Counter(device for _, device in self._holders.values())
+        return min(self._devices, key=lambda device: used[device], default=None)
 
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
         for child in list(self._children.values()):
@@ -136,8 +149,6 @@ class LocalExecutor:
         for submission in submissions:
             running = self._lives(submission)
             states[submission.run] = JobState("running" if running else "ended", node=node)
-            if not running:
-                self._device_of.pop(submission.run, None)
         return states
 
     def _lives(self, submission: Submission) -> bool:
@@ -170,7 +181,7 @@ class LocalExecutor:
         except (FileNotFoundError, ValueError):  # none, or torn by a power cut
             return None
         if claim.get("device"):
-            self._device_of[run] = claim["device"]
+            self._holders[run] = (claim["process"], claim["device"])
         return Submission(run, "local", claim["process"], claim["host"])
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
