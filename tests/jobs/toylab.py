@@ -1,0 +1,275 @@
+"""A lab whose runs take a fraction of a second, and what must hold of its books at any end.
+
+The task is general: solution.py holds two numbers, score.py says how far they are from 1. All is
+real: git, the ledger, payloads in processes of their own, the referee's walls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.researcher import Researcher
+from jobs import campaign, config, inbox, ledger, mirror, names, night, policy, process, submission
+from jobs.controller import Controller
+from jobs.history import State, fold
+from jobs.repository import Repository
+
+SOLUTION = """\
+X = 2.0
+
+# Y stands far enough from X that an edit of one
+# merges with an edit of the other.
+
+Y = 4.0
+NAP = 0.0
+"""  # its loss is 10
+SCORE = """\
+import json, os, signal, time
+scope = {}
+exec(open(os.environ["AUTORESEARCH_PROGRAM"] + "/solution.py").read(), scope)
+time.sleep(scope["NAP"])
+if scope["X"] < 0:  # as when the node dies
+    os.kill(os.getpid(), signal.SIGKILL)
+print(json.dumps({"loss": (scope["X"] - 1) ** 2 + (scope["Y"] - 1) ** 2}))
+"""
+AUTORESEARCH = [sys.executable, "-P", "-m", "jobs.cli"]
+GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+WHO = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+def change(**constants: float) -> dict[str, Any]:
+    """An edit of the script: constants of solution.py set to new numbers."""
+    return {"description": ", ".join(f"{k} {v:g}" for k, v in constants.items()), "set": constants}
+
+
+class Lab:
+    """A lab in `root`, its script and its settings; every campaign has a name of its own."""
+
+    def __init__(self, root: Path, *edits: Mapping[str, Any], **settings: Any) -> None:
+        self.root, self.name = root, f"toy-{uuid.uuid4().hex[:8]}"
+        self.folder = root / "campaigns" / self.name
+        self.settings = {
+            "campaign": self.name,
+            "task": {
+                "kind": "general",
+                "editable": ["solution.py"],
+                "command": [],
+                "scorer": {"command": ["python", "score.py"], "files": ["score.py"]},
+                "metric": "loss",
+            },
+            "agent": {"kind": "scripted", "script": "edits.yaml"},
+            "confirm": {"runs": 0},
+            "disk": {"keep_free_mb": 1},
+        }
+        root.mkdir(parents=True, exist_ok=True)
+        self.write("solution.py", SOLUTION)
+        self.write("score.py", SCORE)
+        self.write("program.md", "Lower the loss.\n")
+        self.write("edits.yaml", yaml.safe_dump(list(edits)))
+        self.configure(**settings)
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.git("add", "solution.py", "score.py", "program.md")
+        self.git("commit", "--quiet", "--message", "start")
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+
+    def configure(self, **settings: Any) -> None:
+        """Change top-level settings of campaign.yaml."""
+        self.settings |= settings
+        self.write("campaign.yaml", yaml.safe_dump(self.settings))
+
+    def scripts(self, **edits: list[Mapping[str, Any]]) -> None:
+        """A branch for each name, with a script of its own."""
+        for name, entries in edits.items():
+            self.write(f"{name}.yaml", yaml.safe_dump(entries))
+        agents = {name: {"kind": "scripted", "script": f"{name}.yaml"} for name in edits}
+        self.configure(branches={name: {"agent": agent} for name, agent in agents.items()})
+
+    def git(self, *words: str) -> str:
+        environment = {**os.environ, **GIT, **WHO}
+        done = subprocess.run(
+            ["git", *words], cwd=self.root, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def run(
+        self,
+        on_line: Callable[[str], None] = lambda line: None,
+        researcher: Researcher | None = None,
+    ) -> str:
+        """The campaign in this process.
+
+        Args:
+            on_line: called with all it says, as it says it, on its thread.
+            researcher: in place of the configured one.
+        """
+        self.lines: list[str] = []
+
+        def say(line: str) -> None:
+            self.lines.append(line)
+            on_line(line)
+
+        settings = config.load(self.root / "campaign.yaml")
+        if researcher is None:
+            return night.run(settings, self.root, say)
+        with campaign.opened(settings, self.root, say) as opened:
+            executor = submission.executor(settings.executor, opened.site.campaign_dir)
+            cast = (lambda branch: researcher), (lambda branch: None)
+            return Controller(opened, executor, *cast, say).run()
+
+    def order(self, order: str, **details: Any) -> None:
+        """Leave an order in the inbox."""
+        inbox.send(self.folder, order, **details)
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """`autoresearch WORDS` as a process of its own (default: run)."""
+        return subprocess.Popen(
+            [*AUTORESEARCH, *(words or ("run",))],
+            cwd=self.root,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call(self, *words: str, **environment: str) -> tuple[int, str]:
+        """`autoresearch WORDS` to its end: exit status, all it printed."""
+        process = self.start(*words, **environment)
+        said = process.communicate(timeout=120)[0]
+        return process.returncode, said
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return campaign.read(self.folder)
+
+    def events(self, *wanted: str) -> list[dict[str, Any]]:
+        """The ledger's events, of these names if any are given."""
+        path = self.folder / "ledger.jsonl"
+        return [e for e in ledger.read(path) if not wanted or e["event"] in wanted]
+
+    def verdicts(self) -> dict[str, str | None]:
+        """Description -> verdict, in the order of the proposals."""
+        return {r.description: r.verdict for r in self.state.experiments()}
+
+    def refs(self) -> dict[str, str]:
+        """All refs, the user's included."""
+        out = self.git("for-each-ref", "--format=%(refname) %(objectname)")
+        return dict(line.split(" ") for line in out.splitlines())
+
+    def strays(self) -> list[int]:
+        """Processes that still run something of this lab."""
+        mark = os.fsencode(f"{self.name}-e")
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                seen = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+                if mark in seen or os.fsencode(str(self.root)) in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return [pid for pid in found if pid != os.getpid() and process.start_time(pid)]
+
+
+def eventually(condition: Callable[[], Any], within: float = 30.0) -> Any:
+    """Wait until `condition` gives something true; returns it."""
+    deadline = time.monotonic() + within
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+    return found
+
+
+@contextlib.contextmanager
+def ended(controller: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A controller that is not left running, whatever the test finds."""
+    try:
+        yield controller
+    finally:
+        if controller.poll() is None:
+            controller.send_signal(signal.SIGKILL)
+        controller.wait()
+        if controller.stdout:
+            controller.stdout.close()
+
+
+def check_books(lab: Lab) -> None:
+    """What must hold of a campaign that has come to its end, however often it was killed."""
+    events, state = lab.events(), lab.state
+    assert fold(events) == state  # the snapshot says what the ledger says
+    assert not state.open_runs
+    assert not state.in_flight
+    assert not state.requests
+    _check_runs(lab, events)
+    assert policy.verify(events) == []
+    decided = Counter(e["decision"]["experiment"] for e in events if e["event"] == "decided")
+    assert decided == Counter(r.id for r in state.experiments())
+    _check_git(lab, state)
+    rows = (lab.folder / "results.tsv").read_text().splitlines()[1:]
+    assert len(rows) == len(state.records)
+    assert list((lab.folder / "inbox").iterdir()) == []
+    eventually(lambda: not lab.strays(), within=5)
+
+
+def _check_runs(lab: Lab, events: list[dict[str, Any]]) -> None:
+    """Each run was intended once, ended once, claimed by one process, and told what it wrote."""
+    intended = Counter(
+        "{experiment}-s{seed}-a{attempt}".format(**e["run"])
+        for e in events
+        if e["event"] == "run_intended"
+    )
+    results = [e["result"] for e in events if e["event"] == "run_ended"]
+    assert set(intended.values()) == {1}
+    assert Counter(result["run"] for result in results) == intended
+    for result in results:
+        experiment, _, attempt = result["run"].partition("-")
+        folder = lab.folder / "runs" / experiment / attempt
+        assert json.loads((folder / "claim.json").read_text())["run"] == result["run"]
+        assert "is claimed" not in (folder / "payload.log").read_text()
+        assert json.loads((folder / "result.json").read_text())["value"] == result["metric"]
+        assert not (folder / "program").exists()
+        assert len(list(folder.iterdir())) <= 12
+
+
+def _check_git(lab: Lab, state: State) -> None:
+    """Refs, commits, notes and records agree with the ledger."""
+    refs, repository = lab.refs(), Repository(lab.root)
+    expected = {names.attempt_ref(lab.name, r.id): r.commit for r in state.experiments()}
+    for branch in state.branches.values():
+        if branch.head_commit:
+            expected[names.branch_ref(lab.name, branch.name)] = branch.head_commit
+    records = names.records_ref(lab.name)
+    ours = (f"refs/autoresearch/{lab.name}/", f"refs/heads/autoresearch/{lab.name}/")
+    assert {k: v for k, v in refs.items() if k.startswith(ours) and k != records} == expected
+    for record in state.experiments():
+        assert lab.git("rev-parse", f"{record.commit}^") == record.base
+        trailers = repository.trailers(record.commit)
+        assert trailers["Campaign"] == lab.name
+        assert trailers["Parent-Experiment"] == (record.parent or "none")
+    assert mirror.noted(repository) >= {r.commit for r in state.experiments()}
+    assert mirror.load_ledger(repository, lab.name) == (lab.folder / "ledger.jsonl").read_bytes()
+    repository.close()
+
+
+def remove(root: Path) -> None:
+    """Delete a lab, read-only snapshots included."""
+    for path, _, _ in os.walk(root):
+        os.chmod(path, 0o700)
+    shutil.rmtree(root, ignore_errors=True)
