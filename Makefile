@@ -25,7 +25,7 @@ demo-detuned: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m "not cluster and not proof"
-	@$(BIN)/python tests/bench/results.py --check
+	@$(BIN)/python tests/bench/results.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("RESULTS.md")
+MEASURED = ("jobs", "agent", "trainer", "containers", "slurm")
 TITLE = (
     "# Results\n\nFigures measured by the scripts beside this file; each section is replaced when"
     " its script runs again.\n"
@@ -111,3 +113,21 @@ def _machine() -> str:
     except importlib.metadata.PackageNotFoundError:
         parts.append("no torch")
     return ", ".join(parts)
+
+
+def stale(path: Path = RESULTS) -> list[str]:
+    """The sections that were measured on code older than what is here, by their commits."""
+    found = []
+    for section in path.read_text().split("\n## ")[1:] if path.exists() else []:
+        title, commit = section.split("\n", 1)[0], re.search(r"commit (\w+)", section)
+        words = ["git", "log", "--oneline", f"{commit[1] if commit else ''}..HEAD", "--", *MEASURED]
+        newer = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        if newer.returncode or newer.stdout:
+            found.append(title)
+    return found
+
+
+if __name__ == "__main__":
+    if old := stale():
+        print(f"RESULTS.md: {len(old)} sections are older than the code: {'; '.join(old)}")
+        print("`make proof` measures them again")
