@@ -307,7 +307,8 @@ def blank() -> dict[str, Any]:
     return {
         "protocol": protocol.VERSION,
         **dict.fromkeys(names.split()),
-        "node": os.uname().nodename,
+        # Slurm's name of it, where there is one: that is what --exclude takes.
+        "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
         "cpu": cpu_model(),
         "versions": versions,
     }
