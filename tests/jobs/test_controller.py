@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -563,6 +564,24 @@ def test_a_run_whose_processes_are_killed_is_tried_again(make_lab: MakeLab) -> N
     assert [(r.attempt, r.status) for r in runs] == [(1, "infrastructure"), (2, "ok")]
     assert lab.state.record("e0002").verdict == "keep"
     assert not lab.strays()
+
+
+def test_a_run_that_hangs_is_ended_and_tried_again(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1, NAP=0.7), limits={"experiments": 2})
+
+    def freeze() -> None:
+        claim = lab.folder / "runs/e0002/s1-a1/claim.json"
+        eventually(claim.exists)
+        os.kill(int(json.loads(claim.read_text())["process"].split("@")[0]), signal.SIGSTOP)
+        os.utime(claim, (0, 0))  # hours ago
+
+    freezer = threading.Thread(target=freeze)
+    lab.run(when("e0001", freezer.start))
+    freezer.join()
+    results = lab.state.results("e0002")
+    assert [r.status for r in results] == ["infrastructure", "ok"]
+    assert "beyond every limit" in results[0].reason
+    check_books(lab)
 
 
 def test_a_program_md_that_is_gone_pauses_its_branch_alone(make_lab: MakeLab) -> None:

@@ -1,0 +1,172 @@
+"""SIGKILL of the controller at every boundary between two side effects, and at random moments.
+
+Whatever the moment, the next start goes on: each run is recorded once, what ran is adopted, every
+decision follows from its own prefix of the ledger, refs agree with it, and no process is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import toylab
+from toylab import Lab, change, check_books, ended, eventually
+
+from jobs import effects
+
+HANGING = "run.cancel"  # needs a run that hangs
+TORN = "ledger.truncate"  # needs a ledger whose last line is torn
+WORKERS = 2
+
+
+def scenario(root: Path, boundary: str = "") -> Lab:
+    """A keep, a discard, closing reruns, an order, and enough loose objects to be packed."""
+    edits = [change(X=1, NAP=1.0 if boundary == HANGING else 0.2), change(X=6)]
+    lab = Lab(root, *edits, limits={"experiments": 3}, confirm={"runs": 1})
+    lab.configure(lease={"stale_after": 5.0})  # beats every 0.83 s
+    loose_objects(lab)
+    lab.folder.mkdir(parents=True)
+    lab.order("tell", branch="main", text="try it")
+    if boundary == TORN:
+        (lab.folder / "ledger.jsonl").write_text('{"v":1,"n":0,"fence":1,"time":"2026-')
+    return lab
+
+
+def loose_objects(lab: Lab) -> None:
+    """So many loose objects below objects/17 that git would pack."""
+    texts = (f"{n}\n" for n in range(1_000_000))
+    wanted = (t for t in texts if _blob_id(t).startswith("17"))
+    for text, _ in zip(wanted, range(16), strict=False):
+        subprocess.run(
+            ["git", "hash-object", "-w", "--stdin"],
+            input=text.encode(),
+            cwd=lab.root,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+
+
+def _blob_id(text: str) -> str:
+    return hashlib.sha1(f"blob {len(text)}\0{text}".encode()).hexdigest()
+
+
+def hang(lab: Lab) -> None:
+    """Makes the first run of e0002 look as if it had hung for hours."""
+    claim = lab.folder / "runs/e0002/s1-a1/claim.json"
+    eventually(claim.exists)
+    os.utime(claim, (0, 0))
+
+
+def check(lab: Lab, boundary: str = "") -> None:
+    """Nothing lost, nothing twice, nothing started again that was running."""
+    check_books(lab)
+    state = lab.state
+    expected = {"baseline": "keep", "X 6": "discard"}
+    assert {k: v for k, v in lab.verdicts().items() if not k.startswith("X 1")} == expected
+    assert [r.id for r in state.chain("main")] == ["e0001", "e0002"]
+    assert state.branch("main").notes == ("try it",)
+    runs = Counter((r.id, run.seed) for r in state.experiments() for run in r.runs if run.ok)
+    assert runs == Counter([("e0001", 1), ("e0002", 1), ("e0003", 1), ("e0001", 2), ("e0002", 2)])
+    again = [run.attempt for r in state.experiments() for run in r.runs if run.attempt > 1]
+    assert again in ([], [2] if boundary == HANGING else [])
+
+
+# -- at every boundary ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counter[str]]:
+    """How often the undisturbed scenario crosses each boundary."""
+    lab = scenario(tmp_path_factory.mktemp("counted") / "lab")
+    hits = lab.root / "hits"
+    status, said = lab.call(AUTORESEARCH_HITS=str(hits))
+    assert status == 0, said
+    check(lab)
+    yield Counter(hits.read_text().split())
+    toylab.remove(lab.root)
+
+
+def kill_and_go_on(root: Path, crossing: str, count: int) -> tuple[Lab, int, list[str]]:
+    """Kill the controller at one crossing, then start it until it ends by itself."""
+    boundary = crossing.partition(":")[0]
+    lab = scenario(root, boundary)
+    if boundary == HANGING:
+        threading.Thread(target=hang, args=(lab,)).start()
+    status, said = lab.call(AUTORESEARCH_KILL_AT=f"{crossing}:{count}")
+    told = [said]
+    for _ in range(3):
+        again, said = lab.call()
+        told.append(said)
+        if again == 0:
+            return lab, status, told
+    raise AssertionError("\n".join(told))
+
+
+@pytest.fixture(scope="module")
+def killed(
+    request: pytest.FixtureRequest,
+    counted: Counter[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[tuple[Lab, int, list[str]]]]]:
+    """The scenarios of the crossings chosen, under way in a few threads."""
+    chosen = [
+        item.callspec.params["crossing"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == test_killed_at_a_boundary_it_goes_on.__name__
+    ]
+    folder = tmp_path_factory.mktemp("killed")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield {
+            crossing: pool.submit(
+                kill_and_go_on,
+                folder / crossing.replace(":", "-"),
+                crossing,
+                (counted[crossing] + 1) // 2 or 1,  # in the middle of things
+            )
+            for crossing in chosen
+        }
+    toylab.remove(folder)
+
+
+@pytest.mark.parametrize("crossing", effects.CROSSINGS)
+def test_killed_at_a_boundary_it_goes_on(
+    killed: dict[str, Future[tuple[Lab, int, list[str]]]], crossing: str
+) -> None:
+    lab, status, _ = killed[crossing].result()
+    assert status == -signal.SIGKILL  # else the scenario never came by: the registry is not covered
+    check(lab, crossing.partition(":")[0])
+
+
+# -- at random moments ----------------------------------------------------------------------------
+
+
+def killed_at_random(root: Path, seed: int, times: int) -> None:
+    lab, moments = scenario(root), random.Random(seed)
+    for _ in range(times):
+        with ended(lab.start()) as controller:
+            time.sleep(moments.uniform(0.2, 2.5))
+            controller.send_signal(signal.SIGKILL)
+            controller.communicate()
+    status, said = lab.call()
+    assert status == 0, said
+    check(lab)
+
+
+def test_killed_at_five_random_moments_it_goes_on(tmp_path: Path) -> None:
+    killed_at_random(tmp_path / "lab", 0, 5)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_killed_at_a_hundred_random_moments_it_goes_on(tmp_path: Path, seed: int) -> None:
+    killed_at_random(tmp_path / "lab", seed, 5)
