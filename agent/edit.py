@@ -100,13 +100,27 @@ def fingerprint(files: Mapping[str, str]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _normalised(path: str, text: str) -> str:
-    if not path.endswith(".py") or _parse(text) is None:
-        return "\n".join(line.rstrip() for line in text.split("\n"))
-    tree = ast.parse(text)  # its own: the cached one is shared
+    tree = _parse(text) if path.endswith(".py") else None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if tree is None:
+        return "\n".join(line.rstrip() for line in lines)
+    marks = []
+    for node in tree.body[_has_docstring(tree) :]:
+        first = min(n.lineno for n in (node, *getattr(node, "decorator_list", ())))
+        marks.append(_mark("\n".join(lines[first - 1 : node.end_lineno])))
+    return "\n".join(marks)
+
+
+@functools.lru_cache(maxsize=4096)  # an edit leaves most statements of a program as they were
+def _mark(statement: str) -> str:
+    """A hash of one top-level statement without its docstrings."""
+    tree = _parse.__wrapped__(statement)  # its own: the cached ones are shared
+    if tree is None:  # it shares its line with the end of another
+        return statement
     for node in ast.walk(tree):
         if _has_docstring(node):
             node.body[0] = ast.Pass()  # type: ignore[attr-defined]
-    return ast.dump(tree)
+    return hashlib.sha256(ast.dump(tree).encode(errors="replace")).hexdigest()
 
 
 def _has_docstring(node: ast.AST) -> bool:
