@@ -80,6 +80,7 @@ class AllocationRuns:
         self._sruns: dict[
             str, subprocess.Popen[bytes]
         ] = {}  # run id -> srun started by this process
+        self._known: set[str] = set()  # runs that this controller has submitted or asked about
         self._holders: list[Holder] | None = None  # newest last; None: never asked
         self._names: dict[str, tuple[str, ...]] = {}  # node list -> nodes
         self._trouble = ""
@@ -110,6 +111,7 @@ class AllocationRuns:
                 f" executor.hold_hours: {self._settings.hold_hours}"
             )
         self._table.put(entry)
+        self._known.add(run.id)
         self._keep_beating()
         try:
             with contextlib.suppress(Unanswered):
@@ -198,9 +200,7 @@ class AllocationRuns:
             return True  # nothing is known: ask for nothing
         if any(not holder.running for holder in self._holders):
             return True
-        ahead = min(
-            900.0, self._settings.hold_hours * 900
-        )  # a quarter of its time, if that is less
+        ahead = min(900.0, self._settings.hold_hours * 900)  # at most a quarter of its time
         longest = max(active, key=lambda entry: entry.limit_s)
         asked = [longest, *(entry for entry in active if "node" in entry.place)]
         return all(any(self._fits(h, entry, ahead) for h in self._holders) for entry in asked)
@@ -242,10 +242,10 @@ class AllocationRuns:
         wanted = {s.run for s in submissions}
         try:
             jobs = commands.by_job(self._look())
-            self._forget(wanted)
             steps = commands.steps() if self._strangers() else {}
         except Unanswered:
             return None
+        self._forget(wanted, steps)
         for entry in self._table:
             if entry.launched is not None:
                 self._relaunch_unless_begun(entry, steps)
@@ -253,13 +253,17 @@ class AllocationRuns:
         self._give_back_spares()
         return {s.run: self._state(s.run, jobs, steps) for s in submissions}
 
-    def _forget(self, wanted: set[str]) -> None:
-        """Runs that the controller has done with, once their steps are over."""
-        for entry in self._table:
-            srun = self._sruns.get(entry.run)
-            if entry.run not in wanted and (srun is None or srun.poll() is not None):
-                self._table.drop(entry.run)
-                self._sruns.pop(entry.run, None)
+    def _forget(self, wanted: set[str], steps: Mapping[tuple[str, str], str]) -> None:
+        """Runs that the controller has done with, once their steps are over.
+
+        Not those that an earlier controller started and this one has yet to `find`.
+        """
+        over = [e for e in self._table if not (self._attached(e) or _key(e) in steps)]
+        done = [e.run for e in over if e.run not in wanted and (e.finished or e.run in self._known)]
+        self._table.drop(*done)
+        for run in done:
+            self._sruns.pop(run, None)
+        self._known |= wanted
 
     def _strangers(self) -> list[Entry]:
         """Started runs that no living srun of ours speaks for: something was killed."""

@@ -137,10 +137,10 @@ class SlurmExecutor:
         """Try those again that had to wait, until one still has to."""
         wanted = {s.run for s in submissions}
         for entry in self._waiting:
-            if self._job_folder(entry.name) in rows or entry.run not in wanted:
-                self._waiting.drop(entry.run)  # an sbatch without an answer had succeeded; or ended
-            elif self._try(entry):
-                self._waiting.drop(entry.run)
+            if entry.run not in wanted:
+                continue
+            if self._job_folder(entry.name) in rows or self._try(entry):
+                self._waiting.drop(entry.run)  # the first: an sbatch without answer had succeeded
             else:
                 break
 

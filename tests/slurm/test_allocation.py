@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import USER, slurm, switch, wait_for
+from rig import USER, slurm, switch, wait_for
 
 pytestmark = pytest.mark.cluster
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CLUSTER, ROOT, USER, slurm, switch
+from rig import CLUSTER, ROOT, USER, slurm, switch
 
 
 def run(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, USER, slurm, switch, wait_for
+from rig import ROOT, USER, slurm, switch, wait_for
 
 pytestmark = pytest.mark.cluster
 

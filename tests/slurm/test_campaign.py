@@ -1,0 +1,160 @@
+"""Whole campaigns on the real test cluster, as an ordinary user: controller, executor and payload.
+
+The task is the toy of tests/jobs/toylab.py; what is held is the books, whatever happened to them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import HERE, ROOT, USER, environment, interpreter, slurm, switch, wait_for
+
+sys.path.insert(0, str(ROOT / "tests" / "jobs"))
+import toylab
+
+pytestmark = pytest.mark.cluster
+
+SITE = {"cpus": 1, "memory": "200M", "margin": 60.0, "poll_seconds": 1.0, "slots": 8, "nodes": 4}
+
+
+class Lab(toylab.Lab):
+    """A toy lab that belongs to the ordinary user, who also runs it."""
+
+    def __init__(self, root: Path, kind: str, *edits: Any, **settings: Any) -> None:
+        executor = {"kind": kind, **SITE, **settings.pop("executor", {})}
+        scripts = settings.pop("scripts", {})
+        super().__init__(root, *edits, executor=executor, **settings)
+        self.scripts(**scripts) if scripts else None
+        user = pwd.getpwnam(USER)
+        for path in [root, *root.rglob("*")]:
+            os.chown(path, user.pw_uid, user.pw_gid)
+        self.env = environment(root)
+
+    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
+        user = pwd.getpwnam(USER)
+        return subprocess.Popen(
+            [interpreter(), "-m", "jobs.cli", *(words or ("run",))],
+            cwd=self.root,
+            env={**self.env, **more},
+            user=user.pw_uid,
+            group=user.pw_gid,
+            extra_groups=os.getgrouplist(USER, user.pw_gid),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call_as_user(self, argv: list[str], **more: str) -> str:
+        user = pwd.getpwnam(USER)
+        done = subprocess.run(
+            argv,
+            cwd=self.root,
+            env={**self.env, **more},
+            user=user.pw_uid,
+            group=user.pw_gid,
+            extra_groups=os.getgrouplist(USER, user.pw_gid),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def check_books(self) -> None:
+        self.call_as_user([interpreter(), str(HERE / "books.py"), str(self.root), self.name])
+
+    def results(self) -> list[dict[str, Any]]:
+        return [json.loads(p.read_text()) for p in self.folder.glob("runs/*/*/result.json")]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "ledger.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.fixture
+def lab(cluster: None, home: Path) -> Callable[..., Lab]:
+    def make(kind: str, *edits: Any, **settings: Any) -> Lab:
+        return Lab(home / f"lab-{kind}", kind, *edits, **settings)
+
+    return make
+
+
+def edits(count: int, nap: float = 0.0, branch: int = 0) -> list[dict[str, Any]]:
+    """Steps that all get better, no two alike in a campaign; each takes `nap` seconds and a bit."""
+    return [toylab.change(X=2.0 - n / 64 - branch / 1024, NAP=nap) for n in range(1, count + 1)]
+
+
+def branches(count: int, each: int, nap: float = 0.0) -> dict[str, list[dict[str, Any]]]:
+    return {f"b{n}": edits(each, nap, n) for n in range(1, count + 1)}
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_sixteen_experiments_in_eight_places_leave_whole_books(lab, kind):
+    night = lab(kind, scripts=branches(8, 2, nap=3.0))
+    process = night.start()
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert len(night.events("decided")) == 24  # with each branch's baseline
+    assert {result["status"] for result in night.results()} == {"ok"}
+    pairs = [(result["node"], result["device"]) for result in night.results()]
+    assert len(set(pairs)) == 8
+    night.check_books()
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+@pytest.mark.parametrize(
+    "crossing", ["run.submit:before", "run.submit:after", "ledger.append:before"]
+)
+def test_a_controller_killed_around_a_submission_loses_and_doubles_nothing(lab, kind, crossing):
+    night = lab(kind, *edits(3, nap=1.0))
+    number = {"run.submit:before": 3, "run.submit:after": 3, "ledger.append:before": 9}[crossing]
+    process = night.start(AUTORESEARCH_KILL_AT=f"{crossing}:{number}")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, said
+    process = night.start()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert len(night.events("decided")) == 4
+    night.check_books()
+
+
+def test_a_night_as_a_job_goes_on_across_its_requeue_and_an_outage(lab, home):
+    """A hundred experiments unattended: handed over to the next life of the same job, half a minute
+    without slurmctld."""
+    night = lab("allocation", scripts=branches(8, 13, nap=1.0), executor={"margin": 120.0})
+    shim = home / "bin" / "autoresearch"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec {interpreter()} -m jobs.cli "$@"\n')
+    shim.chmod(0o755)
+    path = f"{shim.parent}:{night.env['PATH']}"
+    script = str(ROOT / "slurm" / "overnight.sbatch")
+    job = night.call_as_user(["sbatch", "--parsable", "--mem=600M", script], PATH=path).strip()
+
+    def decided() -> int:
+        return len(night.events("decided")) if (night.folder / "ledger.jsonl").exists() else 0
+
+    wait_for(lambda: decided() >= 20, 120, "for the first twenty")
+    slurm("scancel", "--signal=USR1", "--batch", job)  # as Slurm does ahead of the time limit
+    wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
+    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # not the two minutes' hold-off
+    wait_for(lambda: decided() >= 50, 120, "for the second life")
+    os.kill(int(Path("/run/autoresearch-cluster/pid/slurmctld").read_text()), signal.SIGTERM)
+    time.sleep(30)
+    switch(accounting=False)
+    wait_for(lambda: not slurm("squeue", "-h", "-j", job).strip(), 300, "for the end")
+    log = (night.root / f"autoresearch-{job}.log").read_text()
+    assert "requeued" in log
+    assert "start 1" in log
+    assert decided() == 8 * 14, log
+    night.check_books()
