@@ -21,7 +21,7 @@ from jobs import disk, inbox, materialise, mirror, names, plan, policy, report
 from jobs.campaign import Open
 from jobs.config import Config, deadline
 from jobs.effects import effect
-from jobs.errors import AutoresearchError, Paused, UserError, refusals_told
+from jobs.errors import AutoresearchError, Displaced, Paused, UserError, refusals_told
 from jobs.history import OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
@@ -357,9 +357,12 @@ class Controller:
 
     def _close_books(self) -> None:
         try:
+            self.opened.lease.check()  # a displaced controller knows less than the other one
             self._write_tables()
             self._mirror()
             self.journal.snapshot(force=True)
+        except Displaced:
+            return
         except (OSError, AutoresearchError) as error:
             self.say(f"the closing tables are incomplete, the ledger is not: {error}")
 

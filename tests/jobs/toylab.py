@@ -7,12 +7,15 @@ real: git, the ledger, payloads in processes of their own, the referee's walls.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import uuid
 from collections import Counter
@@ -46,7 +49,7 @@ if scope["X"] < 0:  # as when the node dies
     os.kill(os.getpid(), signal.SIGKILL)
 print(json.dumps({"loss": (scope["X"] - 1) ** 2 + (scope["Y"] - 1) ** 2}))
 """
-AUTORESEARCH = [sys.executable, "-P", "-m", "jobs.cli"]
+ROOT = Path(__file__).parents[2]
 GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
 WHO = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
@@ -61,6 +64,7 @@ class Lab:
 
     def __init__(self, root: Path, *edits: Mapping[str, Any], **settings: Any) -> None:
         self.root, self.name = root, f"toy-{uuid.uuid4().hex[:8]}"
+        self.uid: int | None = None  # whose processes it starts; None: the tests' own
         self.folder = root / "campaigns" / self.name
         self.settings = {
             "campaign": self.name,
@@ -142,12 +146,15 @@ class Lab:
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         """`autoresearch WORDS` as a process of its own (default: run)."""
         return subprocess.Popen(
-            [*AUTORESEARCH, *(words or ("run",))],
+            [python_of(self.uid), "-P", "-m", "jobs.cli", *(words or ("run",))],
             cwd=self.root,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **self._home()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            user=self.uid,
+            group=self.uid,
+            extra_groups=None if self.uid is None else (),
         )
 
     def call(self, *words: str, **environment: str) -> tuple[int, str]:
@@ -155,6 +162,26 @@ class Lab:
         process = self.start(*words, **environment)
         said = process.communicate(timeout=120)[0]
         return process.returncode, said
+
+    def _home(self) -> dict[str, str]:
+        if self.uid is None:
+            return {}
+        paths = f"{ROOT}:{sysconfig.get_path('purelib')}"  # its interpreter may be another one
+        return {"HOME": str(self.root), "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def at(self, root: Path) -> Lab:
+        """The same lab in a copy of its folder."""
+        other = copy.copy(self)
+        other.root, other.folder = root, root / "campaigns" / self.name
+        return other
+
+    def belong_to(self, uid: int | None) -> None:
+        """Give the lab to another user (None: back), where the tests are root's; else nothing."""
+        if os.geteuid() != 0:
+            return
+        self.uid = uid
+        for path in (self.root, *self.root.rglob("*")):
+            os.chown(path, uid or 0, uid or 0, follow_symlinks=False)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -186,6 +213,19 @@ class Lab:
                 if mark in seen or os.fsencode(str(self.root)) in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
         return [pid for pid in found if pid != os.getpid() and process.start_time(pid)]
+
+
+@functools.cache
+def python_of(uid: int | None) -> str:
+    """An interpreter that this user may start: root's own can lie in root's home."""
+    if uid is None:
+        return sys.executable
+    system = shutil.which(f"python3.{sys.version_info.minor}", path="/usr/bin:/usr/local/bin")
+    for python in (sys.executable, system or ""):
+        with contextlib.suppress(OSError):
+            subprocess.run([python, "-V"], user=uid, check=True, capture_output=True)
+            return python
+    raise AssertionError(f"user {uid} may start neither {sys.executable} nor a system's python")
 
 
 def eventually(condition: Callable[[], Any], within: float = 30.0) -> Any:
