@@ -106,7 +106,8 @@ def _normalised(path: str, text: str) -> str:
         return "\n".join(line.rstrip() for line in lines)
     marks = []
     for node in tree.body[_has_docstring(tree) :]:
-        first = min(n.lineno for n in (node, *getattr(node, "decorator_list", ())))
+        decorated = getattr(node, "decorator_list", None)
+        first = decorated[0].lineno if decorated else node.lineno
         marks.append(_mark("\n".join(lines[first - 1 : node.end_lineno])))
     return "\n".join(marks)
 

@@ -54,14 +54,13 @@ def startup_free_s(config: Config) -> float:
     return config.budget.startup_free or prepare.SCALES[config.data.scale].startup_free_s
 
 
-def feed_ceiling_s(state: State, config: Config) -> float | None:
-    """Token budgets: wall time that closes the feed, from the baselines of this campaign."""
+def feed_ceiling_s(state: State, config: Config, branch: str) -> float | None:
+    """Token budgets: wall time that closes the feed, from the branch's baseline."""
     if budget(config).kind == "wall":
         return None
-    times = []
-    for branch in state.branches.values():
-        if branch.baseline:
-            times += [r.training_s for r in state.results(branch.baseline) if r.ok and r.training_s]
+    baseline = state.branches[branch].baseline if branch in state.branches else None
+    results = state.results(baseline) if baseline else []
+    times = [r.training_s for r in results if r.ok and r.training_s]
     if not times:
         return FIRST_CEILING_S
     # A small floor: on a busy laptop three times a few seconds can pass without anybody's fault.
@@ -84,7 +83,7 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
     """All that the wrapper on the node needs to know; paths are absolute."""
     config = site.config
     general = config.task.kind == "general"
-    ceiling = feed_ceiling_s(state, config)
+    ceiling = feed_ceiling_s(state, config, experiment.branch)
     cache = site.caches and site.caches / experiment.branch / "cache"
     scorer = None
     if general and config.task.scorer:

@@ -91,7 +91,7 @@ class Runs:
         place = _place(state, run)
         try:
             with effect("run.submit"):
-                limit = self._limit_s()
+                limit = self._limit_s(run)
                 submission = self._executor.submit(run.run, run.name, folder, limit, avoid, place)
         except UserError as error:
             if not place:
@@ -100,9 +100,9 @@ class Runs:
             return
         self._journal.record("run_submitted", submission=to_json(submission))
 
-    def _limit_s(self) -> float:
+    def _limit_s(self, run: OpenRun) -> float:
         config = self._site.config
-        ceiling = materialise.feed_ceiling_s(self._journal.state, config)
+        ceiling = materialise.feed_ceiling_s(self._journal.state, config, run.branch)
         return materialise.wall_limit_s(config, ceiling)
 
     # -- ending -----------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Runs:
         return f"its job is {state.phase} without a result ({state.reason or 'no reason given'})"
 
     def _hung(self, run: OpenRun) -> str | None:
-        limit, claim = self._limit_s() + HANG_MARGIN_S, self.folder(run) / "claim.json"
+        limit, claim = self._limit_s(run) + HANG_MARGIN_S, self.folder(run) / "claim.json"
         if not claim.exists() or time.time() - claim.stat().st_mtime < limit:
             return None
         assert run.submission is not None  # only submitted runs are surveyed

@@ -65,7 +65,7 @@ class Tables:
     def __init__(self, folder: Path) -> None:
         """`folder` is the campaign's."""
         self.folder = folder
-        self._sizes: dict[Path, int] = {}  # files as this object left them
+        self._sizes: dict[str | None, int | None] = {}  # of tables as this object left them
         self._seen = 0  # experiments at the last update
         self._open: tuple[str, ...] = ()  # those of them that were undecided
 
@@ -76,15 +76,16 @@ class Tables:
             OSError: the disk refused.
         """
         new = self._newly_settled(state) if self._sizes else []
+        moved = {None, *(record.branch for record in new)} if new else set()
         for branch in (None, *state.branches):
-            path = self._path(branch)
-            if path not in self._sizes or _size(path) != self._sizes[path]:
-                _catch_up(path, state, branch)
-            elif rows := [_row(state, r) for r in new if branch in (None, r.branch)]:
-                _append(path, rows)
-            else:
+            if branch in self._sizes and branch not in moved:
                 continue
-            self._sizes[path] = _size(path)
+            path = self._path(branch)
+            if branch not in self._sizes or _size(path) != self._sizes[branch]:
+                _catch_up(path, state, branch)
+            else:
+                _append(path, [_row(state, r) for r in new if branch in (None, r.branch)])
+            self._sizes[branch] = _size(path)
         self._seen, self._open = len(state.records), state.in_flight
 
     def _newly_settled(self, state: State) -> list[Record]:
