@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,7 @@ def site(config: Config, root: Path) -> materialise.Site:
     data = None
     if config.task.kind == "nanochat":
         data = data_folder(config)
-        manifest = data / "manifest.json"
-        if not manifest.exists():
-            raise UserError(
-                f"{data} holds no prepared data: run `autoresearch prepare` "
-                f"(corpus {config.data.corpus}, scale {config.data.scale})"
-            )
-        facts["data_manifest_sha256"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        facts["data_manifest_sha256"] = hashlib.sha256(_manifest(data, config)).hexdigest()
     directory = folder(config, root)
     made = materialise.Site(config, directory, data, facts, caches=directory / "heads")
     if config.executor.image:
@@ -65,6 +60,33 @@ def site(config: Config, root: Path) -> materialise.Site:
 
         made = container.contained(made)
     return made
+
+
+def _manifest(data: Path, config: Config) -> bytes:
+    """manifest.json of prepared data, all of whose files are there in their full size.
+
+    Raises:
+        UserError: they are not.
+    """
+    wanted = f"corpus {config.data.corpus}, scale {config.data.scale}"
+    try:
+        manifest = (data / "manifest.json").read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{data} holds no prepared data: run `autoresearch prepare` ({wanted})"
+        ) from None
+    try:
+        sizes = {name: file["bytes"] for name, file in json.loads(manifest)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sizes = {"manifest.json": -1}
+    for name, size in sizes.items():
+        path = data / name
+        if not path.exists() or path.stat().st_size != size:
+            raise UserError(
+                f"the prepared data in {data} is damaged: {name} is missing or was cut short. "
+                f"Delete that folder and run `autoresearch prepare` again ({wanted})"
+            )
+    return manifest
 
 
 def data_folder(config: Config) -> Path:

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("stop", "let the running experiments end, then stop the controller", looking)
     add("status", "how the campaign stands", asking)
     one = add("log", "every experiment in a line, newest first", asking)
-    one.add_argument("--branch")
+    one.add_argument("--branch", help="only of this branch")
     one.add_argument("-n", type=int, help="only the last N")
     named = "e0042, a commit, or a branch (its last keep)"
     one = add("show", "all that is known of one experiment", asking)
@@ -111,21 +111,22 @@ def _run_options(one: argparse.ArgumentParser) -> None:
 
 def _branch_options(commands: Any, looking: argparse.ArgumentParser) -> None:
     one = commands.add_parser("tell", help="a note to a branch's researcher", parents=[looking])
-    one.add_argument("branch")
-    one.add_argument("text")
+    one.add_argument("branch", help="its name")
+    one.add_argument("text", help="what its researcher is to know")
     one = commands.add_parser(
         "branch", help="add, pause, resume or retire a branch", parents=[looking]
     )
-    one.add_argument("order", choices=("add", "pause", "resume", "retire"))
-    one.add_argument("branch")
+    orders = ("add", "pause", "resume", "retire")
+    one.add_argument("order", choices=orders, help="what becomes of it")
+    one.add_argument("branch", help="its name")
     one.add_argument("--program", help="add: its program file")
     one.add_argument("--slots", type=int, help="add: runs in flight at once")
     one.add_argument("--start", help="add: the commit to start from")
     one = commands.add_parser(
         "adopt", help="try an experiment's edit on a branch", parents=[looking]
     )
-    one.add_argument("experiment")
-    one.add_argument("--into", required=True, metavar="BRANCH")
+    one.add_argument("experiment", help="e0042, a commit, or a branch (its last keep)")
+    one.add_argument("--into", required=True, metavar="BRANCH", help="where it is tried")
 
 
 def command(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -168,6 +169,11 @@ def _champion(campaign_dir: Path) -> str:
             best = record
     if best is None:
         raise UserError(f"the campaign in {campaign_dir} has kept nothing yet")
+    if state.config["task"]["kind"] == "general":
+        raise UserError(
+            f"the campaign in {campaign_dir} has a task of your own, whose lab is its repository: "
+            f"git clone that and git switch autoresearch/{state.campaign}/{best.branch}"
+        )
     path = state.config["task"]["editable"][0]
     return Repository(campaign_dir).read(best.commit, path)
 
@@ -177,6 +183,8 @@ def prepare(arguments: argparse.Namespace) -> int:
     from jobs import campaign, lab
 
     config = _config(arguments)
+    if config.task.kind == "general":
+        raise UserError("a task of your own has no corpus: nothing to prepare")
     folder = campaign.data_folder(config)
     lab.prepare(config.data.corpus, config.data.scale, folder, tuple(arguments.rest))
     print(f"{config.data.corpus} for scale {config.data.scale} lies in {folder}")
@@ -241,10 +249,16 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
-    from jobs import campaign, inbox, lease
+    from jobs import campaign, inbox, lease, names, report
 
     directory = _directory(arguments)
-    campaign.read(directory)
+    state = campaign.read(directory)
+    if order == "add":
+        names.check_name("branch", details["branch"])
+    elif (named := details.get("branch", details.get("into"))) not in (None, *state.branches):
+        raise UserError(f"no branch {named!r}; there are {', '.join(state.branches)}")
+    if order == "adopt":
+        details["experiment"] = report.find(state, details["experiment"]).id
     inbox.send(directory, order, **details)
     holder = lease.holder(directory)
     if holder is None or holder.gone(_config(arguments).lease.stale_after):

@@ -114,6 +114,7 @@ class Controller:
         self._launch()
         if self._ending is None and not self._interrupts:
             self.proposals.ask()
+            self._require_a_branch()
             self._launch()
         self.journal.snapshot()
 
@@ -318,12 +319,19 @@ class Controller:
             self.proposals.carry_over(name, record.branch, "rebased")
         if record.parent is not None or record.verdict == "keep":
             return
-        reason = f"its baseline has no score: {record.reason}"
+        why = f"{record.reason} ({self.journal.state.results(name)[-1].reason})"
+        reason = f"its baseline {name} has no score: {why}"
         self.journal.record("branch_paused", branch=record.branch, reason=reason)
-        if not any(branch.active for branch in self.journal.state.branches.values()):
+
+    def _require_a_branch(self) -> None:
+        """Raises Paused where every branch came to grief and nothing is under way."""
+        state = self.journal.state
+        left = [b for b in state.branches.values() if b.retired is None]
+        grieved = [b for b in left if b.paused not in (None, BY_ORDER)]
+        if grieved and grieved == left and not plan.in_flight(state):
             raise Paused(
-                f"branch {record.branch} cannot begin, {reason}",
-                f"See `autoresearch show {name}`, mend the program or the machine, start again",
+                f"branch {grieved[0].name} cannot go on: {grieved[0].paused}",
+                "See `autoresearch log` and `autoresearch show`, mend that, start again",
             )
 
     def _carry_over_stale(self) -> None:

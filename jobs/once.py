@@ -32,6 +32,8 @@ def run(
     """
     from trainer.referee import wrapper
 
+    if config.task.kind == "general":
+        raise UserError("--once runs a nanochat program; campaign.yaml has a task of your own")
     source = train or (
         Path(lab.PROGRAM) if Path(lab.PROGRAM).exists() else lab.TRAINER / "train.py"
     )

@@ -515,9 +515,10 @@ def test_a_failing_baseline_pauses_in_words_and_a_mended_commit_goes_on(make_lab
     lab = make_lab(change(X=1), limits={"experiments": 3})
     lab.write("solution.py", "X = 1 / 0\n")
     lab.git("commit", "--quiet", "--all", "--message", "broken")
-    with pytest.raises(Paused, match=r"branch main cannot begin, its baseline has no score: crash"):
+    with pytest.raises(Paused, match="branch main cannot go on: its baseline e0001 has") as pause:
         lab.run()
-    assert lab.state.paused["remedy"].startswith("See `autoresearch show e0001`")
+    assert "ZeroDivisionError" in str(pause.value)
+    assert lab.state.paused["remedy"].startswith("See `autoresearch log`")
     lab.write("solution.py", SOLUTION)
     lab.git("commit", "--quiet", "--all", "--message", "mended")
     lab.run()
@@ -533,7 +534,7 @@ def test_a_branch_without_a_baseline_does_not_hold_up_the_others(make_lab: MakeL
     lab.configure(branches={"main": {"start": "HEAD~"}, "broken": {}})
     lab.run()
     state = lab.state
-    assert state.branch("broken").paused.startswith("its baseline has no score: crash")
+    assert state.branch("broken").paused.startswith("its baseline e0001 has no score")
     assert state.branch("main").best_metric == 9.0
     check_books(lab)
 
@@ -594,6 +595,16 @@ def test_a_program_md_that_is_gone_pauses_its_branch_alone(make_lab: MakeLab) ->
     lab.configure(limits={"experiments": 4})
     lab.run()
     assert lab.state.branch("other").baseline_metric == 10.0
+    check_books(lab)
+
+
+def test_a_program_md_that_is_gone_pauses_a_campaign_of_one_branch(make_lab: MakeLab) -> None:
+    lab = make_lab(limits={"experiments": 1})
+    (lab.root / "program.md").unlink()
+    with pytest.raises(Paused, match=r"branch main cannot go on: .*program\.md cannot be read"):
+        lab.run()
+    lab.write("program.md", "Lower it.\n")
+    lab.run()
     check_books(lab)
 
 
