@@ -35,8 +35,8 @@ def read(campaign_dir: Path) -> State:
         return snapshot.open_history(campaign_dir)[0]
     except FileNotFoundError:
         raise UserError(
-            f"no campaign in {campaign_dir}: start one with `autoresearch run`, or name its "
-            "campaign.yaml"
+            f"no campaign in {campaign_dir}: start one with `autoresearch run`, name its "
+            "campaign.yaml, or get it from another clone with `autoresearch fetch REMOTE`"
         ) from None
 
 
@@ -60,6 +60,17 @@ def site(config: Config, root: Path) -> materialise.Site:
 
         made = container.contained(made)
     return made
+
+
+def records(common: materialise.Site) -> dict[str, bytes]:
+    """What git keeps beside the ledger: the data's manifest, the image's definition."""
+    from jobs import container
+
+    kept = container.records(common.image)
+    if common.data is not None:
+        manifest = (common.data / "manifest.json").read_bytes()
+        kept[f"data-{hashlib.sha256(manifest).hexdigest()[:16]}.json"] = manifest
+    return kept
 
 
 def _manifest(data: Path, config: Config) -> bytes:
@@ -139,7 +150,7 @@ def _open(
     if ledger.torn:
         say(f"the ledger's last line was torn by a kill and is cut off: {ledger.torn[:60]!r}")
     state = _begin(snapshot.open_history(directory)[0], ledger, config, common, repository)
-    return Open(_export_scorer(common, repository, state), repository, ledger, held, state)
+    return Open(export_scorer(common, repository, state), repository, ledger, held, state)
 
 
 def _highest_fence(directory: Path) -> int:
@@ -202,7 +213,7 @@ def _require_same_facts(state: State, common: materialise.Site) -> None:
             )
 
 
-def _export_scorer(
+def export_scorer(
     common: materialise.Site, repository: Repository, state: State
 ) -> materialise.Site:
     """General tasks: the scorer's files of the start commit, out of every experiment's reach."""

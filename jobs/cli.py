@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     looking = argparse.ArgumentParser(add_help=False)
     looking.add_argument("--config", type=Path, default=Path("campaign.yaml"), help="campaign.yaml")
+    looking.add_argument("--campaign", dest="named", metavar="NAME", help="not the one it names")
     asking = argparse.ArgumentParser(add_help=False, parents=[looking])
     asking.add_argument("--json", action="store_true", help="print JSON")
 
@@ -87,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--folder", type=Path, help="its lab (default: autoresearch-demo)")
     one.add_argument("--experiments", type=int, help="experiments beside the baseline")
     _branch_options(commands, looking)
+    add("compare", "branches side by side: what each tried, found, and cost", asking)
+    _again_options(add, looking, asking)
     from containers import cli as image
 
     image.add_parser(commands)
@@ -127,6 +132,27 @@ def _branch_options(commands: Any, looking: argparse.ArgumentParser) -> None:
     )
     one.add_argument("experiment", help="e0042, a commit, or a branch (its last keep)")
     one.add_argument("--into", required=True, metavar="BRANCH", help="where it is tried")
+
+
+def _again_options(add: Callable[..., Any], looking: Any, asking: Any) -> None:
+    for verb, what in (("push", "send a campaign to"), ("fetch", "get a campaign from")):
+        one = add(verb, f"{what} another clone: branches, attempts, notes, records", looking)
+        one.add_argument("remote", help="a remote's name, or its URL")
+    named = "e0042, a commit, or a branch (its last keep)"
+    one = add("reproduce", "run an experiment again, and compare: exit status 0, 1 or 4", asking)
+    one.add_argument("experiment", nargs="?", help=named)
+    one.add_argument("--all-keeps", action="store_true", help="every keep (of the branch named)")
+    one.add_argument("--times", type=int, default=1, metavar="N", help="how often")
+    executors = ("local", "slurm", "allocation")
+    one.add_argument("--executor", choices=executors, help="where (default: campaign.yaml's)")
+    one.add_argument("--data", type=Path, metavar="DIR", help="the prepared data")
+    one.add_argument("--image", metavar="TAG", help="another image than the recorded one")
+    one.add_argument("--budget", type=float, help="seconds or tokens; its baseline runs beside it")
+    one.add_argument("--scale", choices=("cpu", "small", "h100"), help="another size; likewise")
+    one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="likewise")
+    one = add("bundle", "an experiment as a folder that runs without this project", looking)
+    one.add_argument("experiment", help=named)
+    one.add_argument("--to", type=Path, metavar="DIR", help="a new folder")
 
 
 def command(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -374,6 +400,101 @@ def demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments.folder, arguments.detuned, arguments.experiments, _say)
 
 
+# -- again, and elsewhere -------------------------------------------------------------------------
+
+
+@command
+def compare(arguments: argparse.Namespace) -> int:
+    from jobs import compare
+
+    state, _ = _state(arguments)
+    print(json.dumps(compare.rows(state), indent=1) if arguments.json else compare.text(state))
+    return 0
+
+
+@command
+def push(arguments: argparse.Namespace) -> int:
+    from jobs import lease, mirror, report
+    from jobs.repository import Repository
+
+    repository, config = Repository(_root(arguments)), _config(arguments)
+    ledger, holder = _directory(arguments) / "ledger.jsonl", lease.holder(_directory(arguments))
+    if ledger.exists() and (holder is None or holder.gone(config.lease.stale_after)):
+        report.mirror_notes(repository, _state(arguments)[0])
+        mirror.save_ledger(repository, config.campaign, ledger)
+    mirror.push(repository, arguments.remote, config.campaign)
+    print(f"{config.campaign}: sent to {arguments.remote}")
+    return 0
+
+
+@command
+def fetch(arguments: argparse.Namespace) -> int:
+    from jobs import mirror, report
+    from jobs.repository import Repository
+
+    repository, config = Repository(_root(arguments)), _config(arguments)
+    mirror.fetch(repository, arguments.remote, config.campaign)
+    mirror.restore(repository, config.campaign, _directory(arguments))
+    state, directory = _state(arguments)
+    report.write_tables(directory, state)
+    print(f"{config.campaign}: {len(state.records)} experiments, in {directory}")
+    return 0
+
+
+@command
+def reproduce(arguments: argparse.Namespace) -> int:
+    from jobs import reproduce, verdict
+    from jobs.repository import Repository
+    from jobs.screen import Screen
+
+    state, directory = _state(arguments)
+    repository = Repository(_root(arguments))
+    screen = Screen(sys.stderr if arguments.json else sys.stdout)
+    if arguments.all_keeps:
+        named = [arguments.experiment] if arguments.experiment else list(state.branches)
+        if unknown := set(named) - set(state.branches):
+            raise UserError(f"--all-keeps takes a branch: {unknown.pop()!r} is none")
+        records = [record for branch in named for record in state.chain(branch)]
+    elif arguments.experiment:
+        records = [reproduce.find(state, repository, arguments.experiment)]
+    else:
+        raise UserError("name an experiment, a commit or a branch, or say --all-keeps")
+    asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
+    wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
+    here = _config(arguments) if arguments.config.exists() else None
+    told = []
+    for record in records:
+        where = (state, repository, directory, here)
+        told.append(reproduce.run(*where, record, wish, screen.show))
+        if not arguments.json:
+            screen.say(reproduce.text(state, told[-1]))
+    if arguments.json:
+        print(json.dumps(told, indent=1))
+    found = {verdict.EXIT[one["verdict"]] for one in told}
+    return 1 if 1 in found else max(found, default=0)
+
+
+def _numbers(settings: list[str]) -> dict[str, int | float]:
+    try:
+        pairs = [text.split("=", 1) for text in settings]
+        return {name: int(v) if v.lstrip("-").isdigit() else float(v) for name, v in pairs}
+    except ValueError:
+        raise UserError(f"--set {' '.join(settings)}: write NAME=NUMBER") from None
+
+
+@command
+def bundle(arguments: argparse.Namespace) -> int:
+    from jobs import bundle, reproduce
+    from jobs.repository import Repository
+
+    state, directory = _state(arguments)
+    repository = Repository(_root(arguments))
+    record = reproduce.find(state, repository, arguments.experiment)
+    target = arguments.to or Path(f"{state.campaign}-{record.id}")
+    print(f"{bundle.make(state, repository, directory, record, target)}/run.sh runs it")
+    return 0
+
+
 # -- finding things -------------------------------------------------------------------------------
 
 
@@ -382,9 +503,14 @@ def _say(line: str) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
+    """campaign.yaml, or in a clone without one what is said of the campaign on the command line."""
     from jobs import config
 
-    return config.load(arguments.config)
+    if arguments.named is None:
+        return config.load(arguments.config)
+    if not arguments.config.exists():
+        return config.parse({"campaign": arguments.named})
+    return dataclasses.replace(config.load(arguments.config), campaign=arguments.named)
 
 
 def _defaults() -> Any:
@@ -407,7 +533,18 @@ def _state(arguments: argparse.Namespace) -> tuple[Any, Path]:
     from jobs import campaign
 
     directory = _directory(arguments)
+    if not (directory / "ledger.jsonl").exists():
+        _restore(arguments, directory)
     return campaign.read(directory), directory
+
+
+def _restore(arguments: argparse.Namespace, directory: Path) -> None:
+    """A campaign that came with git only has its records there."""
+    from jobs import mirror
+    from jobs.repository import Repository
+
+    with contextlib.suppress(UserError):  # neither a repository nor records: told by who reads
+        mirror.restore(Repository(_root(arguments)), _config(arguments).campaign, directory)
 
 
 if __name__ == "__main__":

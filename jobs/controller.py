@@ -17,7 +17,7 @@ from typing import Any
 
 from agent import program
 from agent.researcher import Researcher
-from jobs import disk, inbox, materialise, mirror, names, plan, policy, report
+from jobs import campaign, disk, inbox, materialise, mirror, names, plan, policy, report
 from jobs.campaign import Open
 from jobs.config import Config, deadline
 from jobs.effects import effect
@@ -360,7 +360,8 @@ class Controller:
     def _mirror(self) -> None:
         """Notes and records into git, from where the campaign can be rebuilt."""
         report.mirror_notes(self.repository, self.journal.state)
-        mirror.save_ledger(self.repository, self.config.campaign, self.opened.ledger.path)
+        others = campaign.records(self.opened.site)
+        mirror.save_ledger(self.repository, self.config.campaign, self.opened.ledger.path, others)
         self.repository.pack()
 
     def _close_books(self) -> None:
