@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from containers import command, seal
 from jobs import disk, lab, materialise, mirror, report, reproduce
 from jobs.errors import UserError
 from jobs.history import State
@@ -70,6 +69,8 @@ def make(
     Raises:
         UserError: the folder exists; the frozen files here are not those of the campaign.
     """
+    from containers import seal
+
     one = reproduce.original(state, repository, directory, record)
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder with --to")
@@ -169,6 +170,8 @@ def _command(one: Original, state: State, draft: Path, records: Mapping[str, byt
 
 
 def _script(one: Original, nanochat: bool, records: Mapping[str, bytes], data: Any) -> str:
+    from containers import command
+
     then, sha256 = one.result, one.fact("Container-SHA256")
     told = f"{one.experiment.id}, commit {one.experiment.commit}: {then.status} {then.metric}"
     parts = [HEAD.format(told=told)]

@@ -14,7 +14,6 @@ from agent import constants
 from jobs import (
     campaign,
     config,
-    container,
     lab,
     ledger,
     materialise,
@@ -177,6 +176,8 @@ def checked_site(
     sha256 = one.fact("Container-SHA256")
     if sha256 is None:
         return made
+    from jobs import container
+
     by = wish.image or container.recorded(
         sha256, one.fact("Container-Tag") or "", one.fact("Registry-Digest"), note
     )

@@ -44,7 +44,7 @@ class Numbers:
 
 
 class Instant:
-    """An executor whose runs have ended when they are submitted; every eighth and the next are better."""
+    """An executor whose runs have ended when they are submitted; a quarter of them is better."""
 
     def submit(self, run: Run, name: str, run_dir: Path, *_: Any) -> Submission:
         number = int(run.experiment[1:])
@@ -116,9 +116,9 @@ def main() -> None:
     record(
         "Branches: what the controller costs",
         rows,
-        "CPU of the controller and of the git processes that it starts, by experiment; the runs are "
-        f"instant and not counted. From 1 to 32 branches x{ratio:.2f}. Promised: at most 25 ms, "
-        "and x1.3.",
+        "CPU of the controller and of the git processes that it starts, by experiment; the runs "
+        f"are instant and not counted. From 1 to 32 branches x{ratio:.2f}. Promised: at most 25 "
+        "ms, and x1.3.",
     )
 
 
