@@ -13,19 +13,27 @@ from containers import build, doctor, images, remote
 from containers.images import Image
 from jobs.errors import AutoresearchError
 
+MEANING = {
+    "image": "a tag, or a sha256 (its first 8 digits will do)",
+    "source": "where it comes from",
+    "address": "oras://host/name:tag",
+    "new": "another tag",
+}
+
 
 def add_parser(subparsers: Any) -> None:
     """Add `image` and its verbs to the parser of `autoresearch`; run them with `main(args)`."""
-    parser = subparsers.add_parser("image", help="build and keep the images that runs happen in")
+    about = "build and keep the images that runs happen in"
+    parser = subparsers.add_parser("image", help=about, description=about)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--store", type=Path, default=images.default_store(), help="image folder")
     common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def verb(name: str, help: str, *arguments: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=help, parents=[common])
+        made = verbs.add_parser(name, help=help, description=help, parents=[common])
         for argument in arguments:
-            made.add_argument(argument)
+            made.add_argument(argument, help=MEANING[argument])
         return made
 
     _add_build(verb("build", "build an image from containers/NAME.def, or from a file"))
@@ -34,11 +42,12 @@ def add_parser(subparsers: Any) -> None:
     one = verb("verify", "its bytes, its labels against its contents, its imports", "image")
     one.add_argument("--key", type=Path, help="PEM public key: the signature too")
     one = verb("pull", "fetch an image: oras://host/name:tag or @sha256:..., or a file", "source")
-    one.add_argument("--tag", required=True)
+    one.add_argument("--tag", required=True, help="what it is called here")
     one.add_argument("--key", type=Path, help="PEM public key that must have signed it")
     verb("push", "send an image to a registry, and record its digest there", "image", "address")
     verb("tag", "let NEW mean this image", "image", "new")
-    verb("doctor", "what stands in Apptainer's way on this machine").add_argument("--image")
+    one = verb("doctor", "what stands in Apptainer's way on this machine")
+    one.add_argument("--image", help="an image to try as well")
 
 
 def main(args: argparse.Namespace) -> int:

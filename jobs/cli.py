@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--detuned", action="store_true", help="begin from two constants made worse")
     one.add_argument("--folder", type=Path, help="its lab (default: autoresearch-demo)")
     one.add_argument("--experiments", type=int, help="experiments beside the baseline")
-    _branch_options(commands, looking)
+    _branch_options(add, looking)
     add("compare", "branches side by side: what each tried, found, and cost", asking)
     _again_options(add, looking, asking)
     from containers import cli as image
@@ -114,22 +114,18 @@ def _run_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--json", action="store_true", help="with --once: print result.json")
 
 
-def _branch_options(commands: Any, looking: argparse.ArgumentParser) -> None:
-    one = commands.add_parser("tell", help="a note to a branch's researcher", parents=[looking])
+def _branch_options(add: Callable[..., Any], looking: argparse.ArgumentParser) -> None:
+    one = add("tell", "a note to a branch's researcher", looking)
     one.add_argument("branch", help="its name")
     one.add_argument("text", help="what its researcher is to know")
-    one = commands.add_parser(
-        "branch", help="add, pause, resume or retire a branch", parents=[looking]
-    )
+    one = add("branch", "add, pause, resume or retire a branch", looking)
     orders = ("add", "pause", "resume", "retire")
     one.add_argument("order", choices=orders, help="what becomes of it")
     one.add_argument("branch", help="its name")
     one.add_argument("--program", help="add: its program file")
     one.add_argument("--slots", type=int, help="add: runs in flight at once")
     one.add_argument("--start", help="add: the commit to start from")
-    one = commands.add_parser(
-        "adopt", help="try an experiment's edit on a branch", parents=[looking]
-    )
+    one = add("adopt", "try an experiment's edit on a branch", looking)
     one.add_argument("experiment", help="e0042, a commit, or a branch (its last keep)")
     one.add_argument("--into", required=True, metavar="BRANCH", help="where it is tried")
 

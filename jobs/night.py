@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +83,9 @@ def dry_run(config: Config, root: Path) -> str:
         f"budget: {run.budget.amount:g} {run.budget.kind}, at most {task.wall_limit_s:.0f} s a run",
         f"checked at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: settings, repository, data"
         + (", image" if config.executor.image else ""),
-        "",
-        submission.preview(config.executor, run, f"{config.campaign}-{run.id}", folder, task),
+        f"its first run: {json.dumps(task.to_json(), indent=1)}",
+        submission.preview(
+            config.executor, f"{config.campaign}-{run.id}", folder, task.wall_limit_s
+        ),
     ]
     return "\n".join(lines)

@@ -426,6 +426,8 @@ def _open(path: Path) -> git.Repo:
         git.Git().version_info  # noqa: B018 - asks the program
     except git.GitCommandNotFound:
         raise UserError("git is not on PATH: install it (Debian: apt-get install git)") from None
+    if os.path.expandvars(path) != str(path):
+        raise UserError(f"{path} holds a $ that git's library takes for a variable: rename it")
     try:
         repo = git.Repo(path, search_parent_directories=True, expand_vars=False)
     except (git.InvalidGitRepositoryError, git.NoSuchPathError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,6 +87,20 @@ def executor(settings: Settings, campaign_dir: Path) -> Executor:
     raise UserError(f"executor.kind: {settings.kind!r} is not one of local, slurm, allocation")
 
 
+def preview(settings: Settings, name: str, run_dir: Path, limit_s: float) -> str:
+    """What would be handed to the machine or to Slurm for one run, letter by letter."""
+    if settings.kind == "local":
+        return f"$ {shlex.join(_payload(run_dir))}\n"
+    from slurm import script
+
+    return script.preview(settings, name, run_dir.parents[2], limit_s)
+
+
+def _payload(run_dir: Path) -> list[str]:
+    # -P: a lab may hold a folder named trainer/, which is not ours
+    return [sys.executable, "-P", "-m", "jobs.payload", str(run_dir)]
+
+
 class LocalExecutor:
     """Each run a process of this machine, which outlives the controller and is adopted again.
 
@@ -116,8 +131,7 @@ class LocalExecutor:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with open(run_dir / "payload.log", "ab") as log:
             child = subprocess.Popen(
-                # -P: a lab may hold a folder named trainer/, which is not ours
-                [sys.executable, "-P", "-m", "jobs.payload", str(run_dir)],
+                _payload(run_dir),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
