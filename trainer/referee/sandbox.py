@@ -62,7 +62,7 @@ def environment(
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         # Threads that spin at OpenMP's barriers make a run on a busy machine 6 times slower: the
-        # scheduler may put them on one core. Sleeping there costs nothing measurable on a quiet one.
+        # scheduler may put them on one core. Sleeping costs nothing measurable on a quiet one.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache/inductor",
         "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
