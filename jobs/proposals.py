@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from agent.researcher import Context, Researcher
 from jobs import evidence, lab, materialise, names, plan
 from jobs.errors import UserError
 from jobs.journal import Journal
+from jobs.known import Known
 from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
 from jobs.repository import Repository
 
@@ -58,7 +60,7 @@ class Proposals:
         self._asked: dict[str, Asked] = {}  # by proposal id
         self._not_before: dict[str, datetime] = {}  # branch -> when its researcher is asked again
         self._exhausted: set[str] = set()  # branches whose researcher has nothing more to say
-        self._known: dict[str, str] = {}  # program's fingerprint -> experiment
+        self._known = Known(site.campaign_dir / "programs.txt")
 
     def close(self) -> None:
         """Let go of the threads; what they were asked for is booked by the next start."""
@@ -83,7 +85,8 @@ class Proposals:
                 "proposal_failed", proposal=request.proposal, unavailable=to_json(lost)
             )
         for record in self._journal.state.experiments():
-            self._known[edit.fingerprint(self.files(record.commit))] = record.id
+            with contextlib.suppress(UserError):  # its commit was pruned: told elsewhere
+                self._known.add(record.id, record.commit, lambda c=record.commit: self.files(c))
 
     def files(self, commit: str) -> dict[str, str]:
         """The editable files of a commit."""
@@ -161,7 +164,7 @@ class Proposals:
             metric=config.task.metric,
             direction="higher" if config.task.direction == "maximise" else "lower",
             readable={"trainer/prepare.py": (lab.TRAINER / "prepare.py").read_text()},
-            known=dict(self._known),
+            known=dict(self._known.experiments),
             records=evidence.Evidence(
                 state, self._repository, self._site.campaign_dir / "runs", config.task.editable
             ),
@@ -249,7 +252,7 @@ class Proposals:
         self._journal.record_all([*recorded, ("proposed", proposed)])
         ref = names.attempt_ref(self._site.config.campaign, experiment.id)
         self._repository.point(ref, commit, None)
-        self._known[edit.fingerprint({**before, **proposal.files})] = experiment.id
+        self._known.add(experiment.id, commit, lambda: {**before, **proposal.files})
 
     def _commit(self, proposal: Proposal, parent: str | None, program_sha256: str) -> str:
         message = "\n\n".join(filter(None, (proposal.description, proposal.hypothesis)))

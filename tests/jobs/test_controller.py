@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from toylab import SOLUTION, Lab, change, check_books, ended, eventually
 
-from jobs import proposals
+from agent import scripted
+from jobs import known, proposals
 from jobs.errors import Paused, UserError
 from jobs.model import Proposal, Unavailable, Usage
 
@@ -506,6 +507,23 @@ def test_what_a_proposal_cost_is_booked_whether_it_came_or_not(make_lab: MakeLab
     better = edit({"solution.py": SOLUTION.replace("2.0", "1.0")}, usage=whole)
     lab.run(researcher=Player(better, Unavailable("no idea", None, half)))
     assert (lab.state.spent.dollars, lab.state.spent.output_tokens) == (1.5, 15)
+
+
+def test_a_program_that_was_tried_is_known_after_a_restart_without_parsing_it_again(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = make_lab(change(X=1), change(X=6), limits={"experiments": 2})
+    lab.run()
+    with open(lab.folder / "programs.txt", "a") as file:
+        file.write("torn by a ki")
+    parsed: list[str] = []
+    monkeypatch.setattr(known.edit, "fingerprint", lambda files: parsed.append("!") or "0" * 32)
+    monkeypatch.setattr(scripted.edit, "refusal", lambda edit: seen.update(edit.known))
+    seen: dict[str, str] = {}
+    lab.configure(limits={"experiments": 3})
+    lab.run()
+    assert sorted(seen.values()) == ["e0001", "e0002"]
+    assert parsed == ["!"]  # of e0003 alone
 
 
 # -- trouble --------------------------------------------------------------------------------------
