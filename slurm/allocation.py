@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import threading
 import time
@@ -25,6 +26,7 @@ from slurm.table import Entry, Table
 
 END_MARGIN_S = 20.0  # of an allocation's time, beyond a run's limit: nothing is cut off at its end
 LAUNCHES = 5  # of one run's step; more than once only where srun could not start it
+NODE_LOST = "node not available|down, drained|Node .*(fail|down)"  # in srun's words
 STARTING_S = 90.0  # a step that neither srun nor Slurm nor a claim shows by then never began
 
 
@@ -267,7 +269,8 @@ class AllocationRuns:
 
     def _strangers(self) -> list[Entry]:
         """Started runs that no living srun of ours speaks for: something was killed."""
-        return [e for e in self._table if e.launched and not self._attached(e)]
+        started = (e for e in self._table if e.launched and not e.finished)
+        return [entry for entry in started if not self._attached(entry)]
 
     def _attached(self, entry: Entry) -> bool:
         srun = self._sruns.get(entry.run)
@@ -289,7 +292,11 @@ class AllocationRuns:
             return
         if (failed or not young) and entry.launches < LAUNCHES:
             self._sruns.pop(entry.run, None)
-            self._table.put(replace(entry, holder=None, node=None, slot=None, launched=None))
+            log = self._step_log(entry).with_name("srun.log")
+            # Slurm knows before the controller does that a node of the allocation is lost.
+            lost = (entry.node,) if re.search(NODE_LOST, last_line(log)) and entry.node else ()
+            waiting = replace(entry, holder=None, node=None, slot=None, launched=None)
+            self._table.put(replace(waiting, avoid=(*entry.avoid, *lost)))
 
     def _state(
         self, run: str, jobs: Mapping[str, Row], steps: Mapping[tuple[str, str], str]
@@ -301,7 +308,8 @@ class AllocationRuns:
             return self._why_waiting(entry)
         queue_s = entry.launched - entry.asked
         if self._attached(entry) or _key(entry) in steps:
-            return JobState("running", node=entry.node, queue_s=queue_s)
+            begun = "" if self._begun(entry) else "starting"
+            return JobState("running", begun, node=entry.node, queue_s=queue_s)
         holder = jobs.get(entry.holder or "")
         if not self._begun(entry) and time.time() - entry.launched < STARTING_S:
             return JobState("running", "starting", node=entry.node, queue_s=queue_s)

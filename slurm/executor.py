@@ -110,6 +110,7 @@ class SlurmExecutor:
             rows = self._rows(submissions)
         except Unanswered:
             return None
+        self._outage_until = 0.0
         self._submit_waiting(submissions, rows)
         return {s.run: self._state(s, rows) for s in submissions}
 

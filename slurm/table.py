@@ -68,5 +68,8 @@ class Table:
 
     def _save(self) -> None:
         draft = self._path.with_suffix(".tmp")
-        draft.write_text(json.dumps([asdict(entry) for entry in self._entries.values()]))
+        with open(draft, "w") as file:
+            json.dump([asdict(entry) for entry in self._entries.values()], file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(draft, self._path)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rig import USER, slurm, switch, wait_for
+from rig import USER, count_calls, slurm, switch, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -204,9 +204,13 @@ def test_a_dead_node_takes_only_its_own_runs(controller):
         for run in set(runs(4)) - {victim}:
             wait_for(lambda r=run: night.finished(r), 60, "for the other nodes")
         again = victim.replace("-a1", "-a2")
+        more = [f"e{number:04d}-s1-a1" for number in range(11, 15)]
         night("submit", again, avoid=["n4"])
-        wait_for(lambda: night("survey") is not None and night.finished(again), 60)
-        assert night.claim(again)["node"] != "n4"
+        for run in more:  # nobody has said yet that n4 is gone
+            night("submit", run, sleep=1)
+        for run in [again, *more]:
+            wait_for(lambda r=run: night("survey") is not None and night.finished(r), 60)
+            assert night.claim(run)["node"] != "n4"
     finally:
         switch(accounting=False)
 
@@ -225,6 +229,22 @@ def test_thirty_seconds_without_slurmctld_cost_no_run(controller):
     finally:
         switch(accounting=False)
     wait_for(lambda: night("survey") is not None and night.finished("e0002-s1-a1"), 90)
+
+
+def test_one_query_a_tick_whatever_the_number_of_runs(controller, home):
+    counted = count_calls(home)
+    night = controller("allocation", settings=FOUR_NODES, environ={"PATH": counted.path})
+    calls = []
+    known = 0
+    for number in (1, 8, 64):
+        for run in runs(number - known, first=known + 1):
+            night("submit", run, sleep=300)
+        known = number
+        wait_for(lambda n=number: night("survey") and all(map(night.claim, runs(min(n, 8)))), 60)
+        counted.clear()
+        assert len(night("survey")) == number
+        calls.append(counted.calls())
+    assert calls == [["squeue"]] * 3
 
 
 def test_refused_settings_are_told_and_nothing_waits(controller):

@@ -158,3 +158,29 @@ def test_a_night_as_a_job_goes_on_across_its_requeue_and_an_outage(lab, home):
     assert "start 1" in log
     assert decided() == 8 * 14, log
     night.check_books()
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_a_run_that_is_cancelled_from_outside_is_tried_again(lab, kind):
+    night = lab(kind, *edits(1, nap=8.0))
+    process = night.start()
+    folder = night.folder / "runs" / "e0002" / "s1-a1"
+    wait_for(lambda: (folder / "claim.json").exists(), 60, "for the second experiment")
+    time.sleep(2)
+    if kind == "slurm":
+        slurm("scancel", slurm("squeue", "-h", "-u", USER, "-o", "%i").strip())
+    else:
+        steps = slurm("squeue", "--steps", "-h", "-u", USER, "-o", "%i %j").splitlines()
+        slurm("scancel", next(line.split()[0] for line in steps if "e0002" in line))
+    if kind == "slurm":  # SIGTERM first; a step is killed at once
+        cancelled = time.monotonic()
+        wait_for(lambda: (folder / "result.json").exists(), 30, "for the payload's own account")
+        assert time.monotonic() - cancelled < 4, (
+            "it ended its program, and did not wait to be killed"
+        )
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    results = {event["result"]["run"]: event["result"] for event in night.events("run_ended")}
+    assert results["e0002-s1-a1"]["status"] == "infrastructure", results
+    assert results["e0002-s1-a2"]["status"] == "ok"
+    night.check_books()

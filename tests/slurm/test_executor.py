@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import ROOT, USER, slurm, switch, wait_for
+from rig import ROOT, USER, count_calls, slurm, switch, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -103,26 +103,17 @@ def test_phases_queue_wait_and_node_are_told(controller):
 
 
 def test_one_query_a_tick_whatever_the_number_of_jobs(controller, home):
-    """Counted by programs of the same names that note each call and pass it on."""
-    bin_dir, log = home / "bin", home / "calls"
-    bin_dir.mkdir()
-    for name in ("squeue", "scontrol", "sacct"):
-        real = subprocess.check_output(["which", name], text=True).strip()
-        (bin_dir / name).write_text(f'#!/bin/sh\necho {name} >>{log}\nexec {real} "$@"\n')
-        (bin_dir / name).chmod(0o755)
-    log.touch()
-    log.chmod(0o666)
-    path = f"{bin_dir}:/usr/bin:/bin"
-    night = controller("slurm", environ={"PATH": path})
+    counted = count_calls(home)
+    night = controller("slurm", environ={"PATH": counted.path})
     calls = []
     known = 0
     for count in (1, 8, 64):
         for number in range(known, count):
             night("submit", f"e{number:04d}-s1-a1", sleep=300)
         known = count
-        log.write_text("")
+        counted.clear()
         assert len(night("survey")) == count
-        calls.append(log.read_text().split())
+        calls.append(counted.calls())
     assert calls == [["squeue"]] * 3
 
 
@@ -239,8 +230,12 @@ def test_without_slurmctld_nothing_is_known_and_nothing_is_lost(controller, no_c
     second = night("submit", "e0002-s1-a1")
     assert "error" not in second
     switch(accounting=False)
-    wait_for(lambda: night("survey") and night.finished(RUN), 90, "for the first run")
-    wait_for(lambda: night("survey") and night.finished("e0002-s1-a1"), 90, "for the second run")
+    wait_for(lambda: night("survey") is not None and night.finished(RUN), 90, "for the first run")
+    wait_for(
+        lambda: night("survey") is not None and night.finished("e0002-s1-a1"),
+        90,
+        "for the second run",
+    )
 
 
 def test_what_waits_for_slurm_survives_a_kill(controller, no_controller):
