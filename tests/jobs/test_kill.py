@@ -147,6 +147,70 @@ def test_killed_at_a_boundary_it_goes_on(
     check(lab, crossing.partition(":")[0])
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(7200)
+def test_killed_at_every_crossing_each_time_it_is_crossed_it_goes_on(
+    counted: Counter[str], tmp_path: Path
+) -> None:
+    points = [(crossing, n) for crossing, most in counted.items() for n in range(1, most + 1)]
+
+    def one(point: tuple[str, int]) -> None:
+        lab, _, _ = kill_and_go_on(tmp_path / "{}-{}".format(*point), *point)
+        check(lab)
+        toylab.remove(lab.root)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        assert list(pool.map(one, points)) == [None] * len(points)
+
+
+# -- between two things that belong together -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_branches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A campaign at its end: side has found what main has not."""
+    lab = Lab(tmp_path_factory.mktemp("two") / "lab")
+    lab.scripts(main=[change(X=1)], side=[change(Y=1)])
+    assert lab.call()[0] == 0
+    yield lab
+    toylab.remove(lab.root)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["ledger.append:before:2", "ledger.append:after:2", "git.objects:after", "git.ref:before"],
+)
+def test_an_adoption_is_neither_lost_nor_done_twice(
+    two_branches: Lab, tmp_path: Path, point: str
+) -> None:
+    subprocess.run(["cp", "-a", two_branches.root, tmp_path / "lab"], check=True)
+    lab = two_branches.at(tmp_path / "lab")
+    found = next(r for r in lab.state.experiments("side") if r.description == "Y 1")
+    lab.order("adopt", experiment=found.id, into="main")
+    assert lab.call(AUTORESEARCH_KILL_AT=point)[0] == -signal.SIGKILL
+    assert lab.call()[0] == 0
+    assert list(lab.verdicts()).count(f"adopted {found.id}: Y 1") == 1
+    assert len(lab.state.records) == 5
+    assert len(lab.events("order")) == 1
+    assert lab.state.branch("main").best_metric == 0.0
+    check_books(lab)
+
+
+def test_a_rebase_that_was_decided_is_neither_lost_nor_done_twice(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "lab", change(X=1), change(Y=1, NAP=0.6), executor={"slots": 2})
+    lab.configure(branches={"main": {"slots": 2}}, limits={"experiments": 3})
+    fourth = "git.objects:before:4"  # after e0001, e0002 and e0003
+    assert lab.call(AUTORESEARCH_KILL_AT=fourth)[0] == -signal.SIGKILL
+    assert lab.state.decision("e0003").numbers["rebase"]
+    assert len(lab.state.records) == 3
+    assert lab.call()[0] == 0
+    assert list(lab.verdicts().values()) == ["keep", "keep", "discard", "keep"]
+    assert lab.state.branch("main").best_metric == 0.0
+    assert lab.call()[0] == 0
+    assert len(lab.state.records) == 4
+    check_books(lab)
+
+
 # -- at random moments ----------------------------------------------------------------------------
 
 

@@ -310,7 +310,6 @@ def _check_git(lab: Lab, state: State) -> None:
 
 
 def remove(root: Path) -> None:
-    """Delete a lab, read-only snapshots included."""
-    for path, _, _ in os.walk(root):
-        os.chmod(path, 0o700)
+    """Delete labs, read-only snapshots included."""
+    subprocess.run(["chmod", "-R", "u+w", root], check=False)
     shutil.rmtree(root, ignore_errors=True)
