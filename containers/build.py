@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,10 @@ from containers.apptainer import ImageError
 from containers.images import Image
 
 HERE = Path(__file__).resolve().parent
+TRAINER = HERE.parent / "trainer"
+CONTEXT_PREFIX = "autoresearch-image-"
 SCRIPTS = ("seal.py", "inside.py")
+PASSED = ("CONTEXT", "RECIPE")  # arguments that are not the user's to set
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A definition with its arguments; the trainer folder is what it seals."""
+    """A definition with its arguments; the trainer folder is what it seals.
+
+    An image is known by two hashes, both among its labels: this one's and its evaluator's.
+    """
 
     definition: Path = HERE / "cpu.def"
-    trainer: Path = HERE.parent / "trainer"
+    trainer: Path = TRAINER
     arguments: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -49,12 +55,11 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        """Of definition, arguments, sealed files and scripts: equal, and the images are alike as
-        far as the mirrors serve the same packages."""
+        """Of definition, arguments and scripts. Images of equal hash have the same base, as far as
+        the mirrors serve the same packages, and any may be resealed to another evaluator."""
         parts = {
             "definition": self.definition.read_text(),
             "arguments": dict(self.arguments),
-            "evaluator": seal.evaluator_sha256(self.trainer),
             "scripts": [path.read_text() for path in self.scripts],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -68,34 +73,61 @@ def definition_arguments(text: str) -> dict[str, str]:
 
 
 def build(
-    store: Path, tag: str, recipe: Recipe, site: Site | None = None, key: Path | None = None
+    store: Path,
+    tag: str,
+    recipe: Recipe,
+    site: Site | None = None,
+    key: Path | None = None,
+    like: Callable[[Image], Image] | None = None,
 ) -> Image:
     """Build, test and tag an image. The log stays in the store beside it.
 
     Args:
         key: PEM private key to sign with.
+        like: what is recorded in place of what was found.
 
     Raises:
         ImageError: an argument that the definition does not have, a failed build, an image that
             does not hold what its labels say. The store is then as it was, but for the log.
     """
     known = definition_arguments(recipe.definition.read_text())
-    settable = [name for name in known if name not in ("CONTEXT", "RECIPE")]
+    settable = [name for name in known if name not in PASSED]
     for name in recipe.arguments:
         if name not in settable:
             raise ImageError(f"{recipe.definition.name} takes {', '.join(settable)}, not {name!r}")
     with fresh(store) as (draft, log), _staged(recipe, site or Site()) as context:
-        arguments = {**recipe.arguments, "CONTEXT": str(context), "RECIPE": recipe.sha256}
+        passed = dict(zip(PASSED, (str(context), recipe.sha256), strict=True))
+        arguments = {name: text for name, text in passed.items() if name in known}
+        arguments |= recipe.arguments
         options = command.build_options(arguments, str(context / "site"))
         apptainer.build(recipe.definition, draft, options, log)
         if key:  # changes the file: before its hash is taken
             apptainer.run(command.sign(str(draft), str(key)), f"Signing {draft}")
         found = describe(draft, f"built from {recipe.definition.name}")
         found = dataclasses.replace(found, arguments=dict(recipe.arguments))
-        image = images.add(store, draft, found)
+        image = images.add(store, draft, like(found) if like else found)
         log.replace(Path(image.path).with_suffix(".log"))
     images.tag(store, image.sha256, tag)
     return image
+
+
+def reseal(
+    store: Path, name: str, tag: str, key: Path | None = None, trainer: Path = TRAINER
+) -> Image:
+    """An image with this version's evaluator in place of its own: a minute, not a build's hours.
+
+    Raises:
+        ImageError: as `build`; or the image to start from is missing or has changed.
+    """
+    base = images.find(store, name)
+    images.check(base)
+
+    def like(found: Image) -> Image:  # its base's definition builds all of it
+        told = {"definition": base.definition, "arguments": base.arguments}
+        return dataclasses.replace(found, origin=f"resealed from {base.sha256[:16]}", **told)
+
+    recipe = Recipe(HERE / "reseal.def", trainer, {"FROM": base.path})
+    return build(store, tag, recipe, key=key, like=like)
 
 
 def describe(file: Path, origin: str) -> Image:
@@ -105,9 +137,8 @@ def describe(file: Path, origin: str) -> Image:
         ImageError: it does not start, does not import what a run needs, or is not what it says.
     """
     told = apptainer.inspect(file)
-    flash = told["labels"].get("autoresearch.flash_attn", "none") != "none"
-    script = (command.PYTHON, "/opt/autoresearch/inside.py", "report", "flash" if flash else "")
-    out = apptainer.run(command.plain(str(file), script), f"Testing the image {file}")
+    script = command.plain(str(file), (command.PYTHON, "/opt/autoresearch/inside.py", "report"))
+    out = apptainer.run(script, f"Testing the image {file}")
     report = json.loads(out.splitlines()[-1])
     for label, text in report["labels"].items():
         if told["labels"].get(label) != text:
@@ -118,12 +149,22 @@ def describe(file: Path, origin: str) -> Image:
     version = apptainer.run(["apptainer", "version"], "Asking apptainer's version").strip()
     made = {"time": images.now(), "host": socket.gethostname(), "apptainer": version}
     digest = images.sha256(file)
+    definition = buildable(told["definition"], told["labels"])
     return Image(
-        *(digest, file.name, file.stat().st_size, 0, told["definition"], told["labels"]),
+        *(digest, file.name, file.stat().st_size, 0, definition, told["labels"]),
         packages=tuple(report["packages"]),
         origin=origin,
         made=made,
     )
+
+
+def buildable(definition: str, labels: Mapping[str, str]) -> str:
+    """An image's own definition, such that `image build` takes it: of its arguments, which are all
+    filled in, those that belong to one build are open again."""
+    recipe = labels.get("autoresearch.definition.sha256")
+    if recipe and recipe != "by-hand":
+        definition = definition.replace(recipe, "{{ RECIPE }}")
+    return re.sub(rf"\S*/{CONTEXT_PREFIX}[^/\s]+", "{{ CONTEXT }}", definition)
 
 
 def verify(image: Image, key: Path | None = None) -> None:
@@ -154,7 +195,7 @@ def fresh(store: Path) -> Iterator[tuple[Path, Path]]:
 @contextmanager
 def _staged(recipe: Recipe, site: Site) -> Iterator[Path]:
     """The folder that %files copies from; its site/ is what %post finds at /mnt."""
-    with tempfile.TemporaryDirectory(prefix="autoresearch-image-") as name:
+    with tempfile.TemporaryDirectory(prefix=CONTEXT_PREFIX) as name:
         context = Path(name)
         seal.copy_sealed(recipe.trainer, context / "trainer")
         (context / "containers").mkdir()

@@ -37,6 +37,9 @@ def add_parser(subparsers: Any) -> None:
         return made
 
     _add_build(verb("build", "build an image from containers/NAME.def, or from a file"))
+    one = verb("reseal", "put this version's evaluator into a built image", "image")
+    one.add_argument("--tag", required=True, help="what it is called here")
+    one.add_argument("--key", type=Path, help="PEM private key to sign with")
     verb("list", "tags and images of the store")
     verb("inspect", "all that is known of an image", "image")
     one = verb("verify", "its bytes, its labels against its contents, its imports", "image")
@@ -94,6 +97,11 @@ def _build(args: argparse.Namespace) -> tuple[Any, str]:
     return _plain(image), _line(args.tag or definition.stem, image)
 
 
+def _reseal(args: argparse.Namespace) -> tuple[Any, str]:
+    image = build.reseal(args.store, args.image, args.tag, args.key)
+    return _plain(image), _line(args.tag, image)
+
+
 def _list(args: argparse.Namespace) -> tuple[Any, str]:
     known, tags = images.every(args.store), images.tags(args.store)
     rows = [{**_plain(i), "tags": [t for t, s in tags.items() if s == i.sha256]} for i in known]
@@ -145,6 +153,7 @@ def _doctor(args: argparse.Namespace) -> tuple[Any, str]:
 
 _VERBS = {
     "build": _build,
+    "reseal": _reseal,
     "list": _list,
     "inspect": _inspect,
     "verify": _verify,

@@ -34,7 +34,7 @@ class Image:
     path: str  # absolute once read from a store; there, the file's name
     size: int  # bytes
     mtime_ns: int
-    definition: str  # the definition's text as the file itself holds it, arguments filled in
+    definition: str  # its text, arguments filled in: `image build` makes another like it
     labels: Mapping[str, str]
     packages: tuple[str, ...]  # "name==version", "deb:name=version"
     origin: str  # "built from cpu.def", or the address it was pulled from
@@ -49,7 +49,7 @@ class Image:
 
     @property
     def definition_sha256(self) -> str:
-        """Hash of definition, arguments and sealed files; 'by-hand' without such a label."""
+        """Of definition, arguments and scripts (build.Recipe); 'by-hand' without such a label."""
         return self.labels.get("autoresearch.definition.sha256", "by-hand")
 
 

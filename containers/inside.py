@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import subprocess
@@ -25,7 +26,7 @@ def torch_identity() -> str:
     return f"{distribution.version} {hashlib.sha256(record.encode()).hexdigest()}"
 
 
-def labels(flash_attention: bool) -> dict[str, str]:
+def labels() -> dict[str, str]:
     """Labels of this image. Importing everything that a run needs is the test of the build.
 
     Raises:
@@ -34,7 +35,9 @@ def labels(flash_attention: bool) -> dict[str, str]:
     torch = importlib.import_module("torch")
     for name in NEEDED:
         importlib.import_module(name)
-    flash = importlib.import_module("flash_attn").__version__ if flash_attention else "none"
+    flash = "none"
+    if importlib.util.find_spec("flash_attn"):
+        flash = importlib.import_module("flash_attn").__version__
     sys.path.insert(0, str(SEALED))
     protocol = importlib.import_module("referee.protocol")
     facts = {
@@ -66,14 +69,13 @@ def packages() -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """`torch`: its identity. `labels [flash]`: $APPTAINER_LABELS lines. `report [flash]`: JSON."""
-    flash = "flash" in argv[1:]
+    """`torch`: its identity. `labels`: lines for $APPTAINER_LABELS. `report`: JSON."""
     if argv[0] == "torch":
         print(torch_identity())
     elif argv[0] == "labels":
-        print("\n".join(f"{key} {value}" for key, value in labels(flash).items()))
+        print("\n".join(f"{key} {value}" for key, value in labels().items()))
     else:
-        print(json.dumps({"labels": labels(flash), "packages": packages()}))
+        print(json.dumps({"labels": labels(), "packages": packages()}))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,17 @@ def test_an_ordinary_user_builds_an_image_that_is_tested_and_then_tagged(someone
     someone.image("verify", "small")
 
 
+def test_the_definition_that_an_image_keeps_builds_another_like_it(someone, definition):
+    someone.image("build", definition(), "--tag", "small", "--set", "WORD=hi")
+    kept = someone.folder / "kept.def"
+    kept.write_text(someone.find("small").definition)
+    someone.image("build", kept, "--tag", "again")
+    again = someone.find("again")
+    assert again.sha256 != someone.find("small").sha256  # time stamps
+    assert word_in(someone, again) == "hi\n"
+    assert again.definition == kept.read_text().rstrip("\n")
+
+
 def test_a_failed_build_says_its_last_words_and_the_tag_stays(someone, definition):
     someone.image("build", definition(), "--tag", "small")
     before = someone.find("small")
