@@ -120,7 +120,7 @@ CONSTANTS = {
     "cpu": {
         "depth": 2,
         "width_per_layer": 64,
-        "head_width": 128,
+        "head_width": 64,
         "mlp_factor": 4,
         "window_pattern": "SSSL",
         "short_window": 0.5,
@@ -146,7 +146,7 @@ CONSTANTS = {
         "momentum_end": 0.95,
         "momentum_steps": 300,
         "muon_beta2": 0.95,
-        "weight_decay": 0.2,
+        "weight_decay": 0.1,
         "warmdown": 0.5,
     },
 }
