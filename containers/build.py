@@ -72,6 +72,16 @@ def definition_arguments(text: str) -> dict[str, str]:
     return dict(line.strip().split("=", 1) for line in lines if "=" in line)  # type: ignore[misc]
 
 
+def apt_mirror(sources: Path = Path("/etc/apt")) -> str:
+    """The Debian mirror that this machine uses itself; "" where it has none (--set MIRROR=URL)."""
+    files = [sources / "sources.list", *sorted(sources.glob("sources.list.d/*"))]
+    text = "\n".join(path.read_text() for path in files if path.is_file())
+    found = re.search(
+        r"^(?:URIs:|deb (?:\[[^]]*\] )?)\s*(https?://\S*/debian)/?\s", text, re.MULTILINE
+    )
+    return found[1] if found else ""
+
+
 def build(
     store: Path,
     tag: str,
@@ -98,6 +108,8 @@ def build(
     with fresh(store) as (draft, log), _staged(recipe, site or Site()) as context:
         passed = dict(zip(PASSED, (str(context), recipe.sha256), strict=True))
         arguments = {name: text for name, text in passed.items() if name in known}
+        if "MIRROR" in known:
+            arguments["MIRROR"] = apt_mirror()
         arguments |= recipe.arguments
         options = command.build_options(arguments, str(context / "site"))
         apptainer.build(recipe.definition, draft, options, log)

@@ -77,3 +77,17 @@ def test_the_cpu_image_needs_no_container_registry():
 def test_arguments_may_hold_equals_signs_and_nothing():
     text = "Bootstrap: x\n\n%arguments\n    A=b==1 c>=2\n    EMPTY=\n\n%post\n    X=1\n"
     assert build.definition_arguments(text) == {"A": "b==1 c>=2", "EMPTY": ""}
+
+
+def test_debootstrap_uses_the_mirror_that_the_machine_itself_uses(tmp_path: Path) -> None:
+    (tmp_path / "sources.list.d").mkdir()
+    assert build.apt_mirror(tmp_path) == ""
+    other = "Types: deb\nURIs: https://example.org/node/\nSuites: any\n"
+    (tmp_path / "sources.list.d" / "a.sources").write_text(other)
+    debian = "Types: deb\nURIs: http://mirror.example.org/debian/\nSuites: bookworm\n"
+    (tmp_path / "sources.list.d" / "b.sources").write_text(debian)
+    assert build.apt_mirror(tmp_path) == "http://mirror.example.org/debian"
+    (tmp_path / "sources.list").write_text(
+        "deb [arch=amd64] http://old.example.org/debian sid main\n"
+    )
+    assert build.apt_mirror(tmp_path) == "http://old.example.org/debian"
