@@ -191,9 +191,20 @@ def _branch_settings(
     if known is not None and known.head is not None:
         start = known.settings["start_commit"]
     else:
-        start = repository.start(branch.start or "HEAD")
-        _require_program(repository, config, start)
+        start = _start(branch.start, config, repository)
     return to_dict(branch) | {"start_commit": start}  # type: ignore[arg-type]
+
+
+def _start(ref: str | None, config: Config, repository: Repository) -> str | None:
+    """The commit that a branch starts from; None: it is told, and paused, beside the others."""
+    try:
+        start = repository.start(ref or "HEAD")
+        _require_program(repository, config, start)
+        return start
+    except UserError:
+        if ref is None or len(config.branches) == 1:
+            raise
+        return None
 
 
 def _require_program(repository: Repository, config: Config, commit: str) -> None:

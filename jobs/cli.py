@@ -125,6 +125,10 @@ def _branch_options(add: Callable[..., Any], looking: argparse.ArgumentParser) -
     one.add_argument("--program", help="add: its program file")
     one.add_argument("--slots", type=int, help="add: runs in flight at once")
     one.add_argument("--start", help="add: the commit to start from")
+    kinds = ("sweep", "scripted", "anthropic", "command")
+    one.add_argument("--agent", choices=kinds, help="add: its researcher")
+    for place in ("node", "constraint", "gpu"):
+        one.add_argument(f"--{place}", help="add: only there (Slurm)")
     one = add("adopt", "try an experiment's edit on a branch", looking)
     one.add_argument("experiment", help="e0042, a commit, or a branch (its last keep)")
     one.add_argument("--into", required=True, metavar="BRANCH", help="where it is tried")
@@ -260,7 +264,8 @@ def tell(arguments: argparse.Namespace) -> int:
 
 @command
 def branch(arguments: argparse.Namespace) -> int:
-    settings = {k: getattr(arguments, k) for k in ("program", "slots", "start")}
+    told = ("program", "slots", "start", "agent", "node", "constraint", "gpu")
+    settings = {k: getattr(arguments, k) for k in told}
     settings = {k: v for k, v in settings.items() if v is not None}
     return _order(arguments, arguments.order, branch=arguments.branch, settings=settings)
 
@@ -279,6 +284,8 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
         names.check_name("branch", details["branch"])
     elif (named := details.get("branch", details.get("into"))) not in (None, *state.branches):
         raise UserError(f"no branch {named!r}; there are {', '.join(state.branches)}")
+    elif named and state.branches[named].retired and order in ("tell", "adopt", "pause"):
+        raise UserError(f"branch {named} is retired; `autoresearch branch resume {named}`")
     if order == "adopt":
         details["experiment"] = report.find(state, details["experiment"]).id
     inbox.send(directory, order, **details)

@@ -322,6 +322,11 @@ def parse(
     return config
 
 
+def agent_of(recorded: Mapping[str, Any]) -> Agent:
+    """A branch's researcher, from the settings that the ledger has of it."""
+    return TypeAdapter(Agent).validate_json(json.dumps(recorded))
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The settings as JSON, as the ledger records them; `parse` takes them back."""
     return typing.cast(dict[str, Any], to_json(config))

@@ -22,7 +22,7 @@ from jobs.campaign import Open
 from jobs.config import Config, deadline
 from jobs.effects import effect
 from jobs.errors import AutoresearchError, Displaced, Paused, UserError, refusals_told
-from jobs.history import OpenRun
+from jobs.history import Branch, OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
 from jobs.plan import Wanted
@@ -51,8 +51,8 @@ class Controller:
         self,
         opened: Open,
         executor: Executor,
-        researchers: Callable[[str], Researcher],
-        understudy: Callable[[str], Researcher | None],
+        researchers: Callable[[Branch], Researcher],
+        understudy: Callable[[Branch], Researcher | None],
         say: Callable[[str], None],
     ) -> None:
         self.config, self.folder = opened.site.config, opened.site.campaign_dir
@@ -208,6 +208,9 @@ class Controller:
 
     def _adopt(self, order: dict[str, Any], recorded: Events) -> bool:
         name, into = str(order.get("experiment")), str(order.get("into"))
+        branch = self.journal.state.branches.get(into)
+        if branch is not None and branch.retired:
+            raise UserError(f"branch {into} is retired")
         return self.proposals.carry_over(name, into, "adopted", recorded)
 
     def _obeyed(self, content: dict[str, Any]) -> Events:
@@ -235,6 +238,8 @@ class Controller:
         if name in self.journal.state.branches:
             raise UserError(f"branch {name} exists already")
         settings = dict(content.get("settings") or {})
+        if kind := settings.pop("agent", None):
+            settings["agent"] = to_json(dataclasses.replace(self.config.agent, kind=kind))
         settings["start_commit"] = self.repository.start(settings.get("start") or "HEAD")
         return settings
 

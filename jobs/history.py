@@ -285,7 +285,7 @@ class _Fold:
         self.branch(event["branch"])["paused"] = event.get("reason") or "paused"
 
     def on_branch_resumed(self, event: Event) -> None:
-        self.branch(event["branch"])["paused"] = None
+        self.branch(event["branch"]).update(paused=None, retired=None)
 
     def on_branch_retired(self, event: Event) -> None:
         self.branch(event["branch"])["retired"] = event.get("reason") or "retired"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from agent.researcher import Researcher, researcher
 from jobs import campaign, materialise, submission
-from jobs.config import Agent, Branch, Config
+from jobs.config import Agent, Config, agent_of
 from jobs.controller import Controller
-from jobs.history import State
+from jobs.history import Branch, State
 from jobs.model import Experiment, Run
 
 
@@ -25,8 +25,8 @@ def run(config: Config, root: Path, say: Callable[[str], None]) -> str:
         if state.records:
             say(f"resumed at {len(state.records)} experiments")
         cast = Cast(config, root)
-        for name in state.branches:
-            cast(name)  # settings that no researcher can be made from are told before a run starts
+        for branch in state.branches.values():
+            cast(branch)  # what no researcher can be made from is told before a run starts
         executor = submission.executor(config.executor, opened.site.campaign_dir)
         controller = Controller(opened, executor, cast, cast.understudy, say)
         return controller.run()
@@ -40,17 +40,17 @@ class Cast:
         self._researchers: dict[str, Researcher] = {}
         self._understudy: Researcher | None = None
 
-    def __call__(self, branch: str) -> Researcher:
+    def __call__(self, branch: Branch) -> Researcher:
         """The branch's own researcher. Raises UserError for settings that do not make one."""
-        if branch not in self._researchers:
+        if branch.name not in self._researchers:
             settings = self._settings(branch)
             if settings.script is not None:
                 script = str(self._root / settings.script)
                 settings = dataclasses.replace(settings, script=script)
-            self._researchers[branch] = researcher(settings, self._config.agent.caps)
-        return self._researchers[branch]
+            self._researchers[branch.name] = researcher(settings, self._config.agent.caps)
+        return self._researchers[branch.name]
 
-    def understudy(self, branch: str) -> Researcher | None:
+    def understudy(self, branch: Branch) -> Researcher | None:
         """Who steps in while a branch's researcher is unavailable: the sweep, for a paid one."""
         if self._settings(branch).kind not in ("anthropic", "command"):
             return None
@@ -58,8 +58,9 @@ class Cast:
             self._understudy = researcher(dataclasses.replace(Agent(), kind="sweep"))
         return self._understudy
 
-    def _settings(self, branch: str) -> Agent:
-        return self._config.branches.get(branch, Branch(agent=self._config.agent)).agent
+    def _settings(self, branch: Branch) -> Agent:
+        recorded = branch.settings.get("agent")
+        return self._config.agent if recorded is None else agent_of(recorded)
 
 
 def dry_run(config: Config, root: Path) -> str:

@@ -15,6 +15,7 @@ from agent import edit
 from agent.researcher import Context, Researcher
 from jobs import evidence, lab, materialise, names, plan
 from jobs.errors import UserError
+from jobs.history import Branch
 from jobs.journal import Journal
 from jobs.known import Known
 from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
@@ -48,8 +49,8 @@ class Proposals:
         site: materialise.Site,
         journal: Journal,
         repository: Repository,
-        researchers: Callable[[str], Researcher],
-        understudy: Callable[[str], Researcher | None],
+        researchers: Callable[[Branch], Researcher],
+        understudy: Callable[[Branch], Researcher | None],
         say: Callable[[str], None],
         stop: threading.Event,
     ) -> None:
@@ -114,10 +115,11 @@ class Proposals:
         for branch in list(plan.lacking_baseline(state, config)):
             self._ask_safely(branch, self._propose_baseline)
         napping = {b for b, until in self._not_before.items() if datetime.now(UTC) < until}
-        mute = self._exhausted | {b for b in napping if self._understudy(b) is None}
+        branches = self._journal.state.branches
+        mute = self._exhausted | {b for b in napping if self._understudy(branches[b]) is None}
         for branch in list(plan.openings(self._journal.state, config, mute)):
             who = self._understudy if branch in napping else self._researchers
-            self._ask_safely(branch, lambda b, who=who: self._request(b, who(b)))
+            self._ask_safely(branch, lambda b, who=who: self._request(b, who(branches[b])))
 
     def _ask_safely(self, branch: str, act: Callable[[str], None]) -> None:
         """One branch's trouble (its program.md is gone) pauses that branch, not the others."""
@@ -128,7 +130,8 @@ class Proposals:
             self._journal.record("branch_paused", branch=branch, reason=str(error))
 
     def _propose_baseline(self, branch: str) -> None:
-        start = self._journal.state.branch(branch).settings["start_commit"]
+        settings = self._journal.state.branch(branch).settings
+        start = settings["start_commit"] or self._repository.start(settings["start"])
         program = self.program(branch)
         self.accept(None, Proposal(branch, start, {}, "baseline", "none"), _sha256(program))
 
