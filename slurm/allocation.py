@@ -376,12 +376,13 @@ class AllocationRuns:
         return self._settings.nodes * script.per_node(self._settings)
 
     def close(self) -> None:
-        """Stop the heartbeat: the holder ends by itself unless a controller is soon back."""
-        self._closed.set()
+        """Give the nodes back if nothing runs there; else for the next controller to find.
 
-    def release(self) -> None:
-        """Give all nodes back now: the campaign is over."""
-        self.close()
+        Without one, the holder sees no heartbeat any more and ends after its last step.
+        """
+        self._closed.set()
+        if any(entry.launched and not entry.finished for entry in self._table):
+            return
         with contextlib.suppress(Unanswered):
             self._look()
         if holders := [holder.row.job for holder in self._holders or []]:

@@ -62,12 +62,7 @@ def sbatch_parameters(
         "nodes": 1,
         "cpus_per_task": settings.cpus,
         "mem": settings.memory,
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
-        "nodelist": node,
-        "exclude": ",".join(sorted({*settings.exclude, *avoid} - {node})) or None,
+        **_where(settings, avoid, {node} - {None}),
         "signal_delay_s": 5,  # submitit's 90 s would end short runs early
         "stderr_to_stdout": True,
         "use_srun": False,  # one process less; the run watches itself
@@ -165,7 +160,7 @@ def holder_text(
     stands still while no run is wanted. Only changes count, so no clocks are compared. Running
     steps are let finish, as far as squeue can be asked from a node.
     """
-    count = per_node(settings)
+    count, folder = per_node(settings), campaign_dir.absolute() / "submitit"
     options: dict[str, Any] = {
         "job-name": holder_name(campaign_dir),
         "nodes": settings.nodes,
@@ -173,32 +168,23 @@ def holder_text(
         "cpus-per-task": settings.cpus,
         "time": math.ceil(settings.hold_hours * 60),
         "mem": _times(settings.memory, count),
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
+        **_where(settings, avoid, set(nodes)),
         "reservation": settings.reservation,
-        "nodelist": ",".join(sorted(nodes)) or None,
-        "exclude": ",".join(sorted({*settings.exclude, *avoid} - set(nodes))) or None,
-        "output": campaign_dir.absolute() / "submitit" / "holder-%j.log",
+        "output": folder / "holder-%j.log",
         "export": "ALL",
     }
     total = count * settings.nodes if settings.gpu_syntax == "gpus" else count
     if gpus := _gpu_option(settings, _times_gpus(settings.gpus, total)):
         options[gpus[0]] = gpus[1]
-    lines = [f"#SBATCH --{k}={v}" for k, v in options.items() if v is not None]
-    lines += [
-        "#SBATCH --no-requeue",
-        "#SBATCH --no-kill",
-    ]  # a node that dies takes only its own runs
-    beat = shlex.quote(str(campaign_dir.absolute() / "submitit" / "heartbeat"))
-    grace = math.ceil(limit_s + settings.margin)
-    return "\n".join(
-        ["#!/bin/bash", *lines, _WATCH.format(beat=beat, stale=stale_s, idle=idle_s, grace=grace)]
-    )
+    lines = [f"#SBATCH --{k}={shlex.quote(str(v))}" for k, v in options.items() if v is not None]
+    # --no-kill: a node that dies takes only its own runs.
+    lines = ["#!/bin/bash", *lines, "#SBATCH --no-requeue", "#SBATCH --no-kill"]
+    beat, grace = shlex.quote(str(folder / "heartbeat")), math.ceil(limit_s + settings.margin)
+    return "\n".join(lines) + _WATCH.format(beat=beat, stale=stale_s, idle=idle_s, grace=grace)
 
 
 _WATCH = """
+
 beat= busy= alive=0 used=0
 while sleep 2; do
   read -r b w 2>/dev/null <{beat} || b=$beat w=$busy
@@ -241,6 +227,19 @@ def _setup(settings: Settings) -> list[str]:
     if not settings.setup:
         return []
     return ["type module >/dev/null 2>&1 || . /etc/profile", *settings.setup]
+
+
+def _where(settings: Settings, avoid: Iterable[str], nodes: set[str]) -> dict[str, str | None]:
+    """Options that say where a job may run: on `nodes` if any are given, on none of `avoid`."""
+    excluded = {*settings.exclude, *avoid} - nodes
+    return {
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "nodelist": ",".join(sorted(nodes)) or None,
+        "exclude": ",".join(sorted(excluded)) or None,
+    }
 
 
 def _gpu_option(settings: Settings, gpus: str) -> tuple[str, str] | None:

@@ -124,8 +124,7 @@ class Bench:
                 surveyed = time.monotonic()
                 self.executor.survey(list(flying.values()))
             time.sleep(0.02)
-        if isinstance(self.executor, AllocationRuns):
-            self.executor.release()
+        self.executor.close()
 
     def runs(self) -> Iterator[dict[str, Any]]:
         for path in self.folder.glob("runs/*/*/claim.json"):

@@ -49,8 +49,8 @@ def no_jobs_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of the ordinary user (pytest's own are root's alone)."""
-    folder = Path("/var/tmp") / f"autoresearch-{os.getpid()}-{time.monotonic_ns()}"
+    """A folder of the ordinary user (pytest's own are root's alone), with a space in its name."""
+    folder = Path("/var/tmp") / f"autoresearch test {os.getpid()}-{time.monotonic_ns()}"
     folder.mkdir(mode=0o755)
     shutil.chown(folder, USER, USER)
     yield folder

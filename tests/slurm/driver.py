@@ -58,8 +58,8 @@ class Driver:
     def cancel(self, *runs: str) -> None:
         self.executor.cancel([self.submissions[run] for run in runs])
 
-    def release(self) -> None:
-        self.executor.release()
+    def close(self) -> None:
+        self.executor.close()
 
     def slots(self) -> Any:
         return self.executor.slots()

@@ -256,12 +256,16 @@ def test_refused_settings_are_told_and_nothing_waits(controller):
     assert night("adopt", "e0001-s1-a1") == []
 
 
-def test_release_gives_everything_back(controller):
+def test_at_the_end_the_nodes_are_given_back_unless_a_run_is_under_way(controller):
     night = controller("allocation", settings=ONE_NODE)
-    night("submit", "e0001-s1-a1")
-    wait_for(lambda: night("survey") is not None and night.finished("e0001-s1-a1"), 60)
+    night("submit", "e0001-s1-a1", sleep=4)
+    wait_for(lambda: night("survey") and night.claim("e0001-s1-a1"), 60)
     assert night("slots") == 2
-    night("release")
+    night("close")
+    time.sleep(1)
+    assert [state for _, state in holders()] == ["RUNNING"], "the run goes on"
+    wait_for(lambda: night.finished("e0001-s1-a1"), 30)
+    night("close")
     wait_for(lambda: not holders(), 20)
 
 
