@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,11 @@ def original(state: State, repository: Repository, directory: Path, record: Reco
     own = [r for r in record.runs if r.purpose != "confirm" and r.status != "infrastructure"]
     if not own:
         raise UserError(f"{record.id} left no result of its own: there is nothing to compare with")
+    if repository.objects.resolve(record.commit) is None:
+        raise UserError(
+            f"commit {record.commit[:10]} of {record.id} is not in this clone: autoresearch fetch "
+            "REMOTE"
+        )
     run = max(own, key=lambda r: r.n)
     settings: Mapping[str, Any] = {}
     for event in ledger.read(directory / "ledger.jsonl"):
@@ -168,11 +175,11 @@ def checked_site(
         "Install the version of this project whose trainer/ the campaign used",
     )
     if made.data is not None:
-        again = "`autoresearch prepare -- --data DIR` into an empty folder, then --data DIR"
+        again = "Prepare it into an empty folder (autoresearch prepare -- --data DIR), name that"
         if not wish.scale:
             recorded, found = one.fact("Data-Manifest-SHA256"), made.facts["data_manifest_sha256"]
             _require(f"data manifest in {made.data}", recorded, found, again)
-        lab.prepare(chosen.data.corpus, chosen.data.scale, made.data, ("--verify",))
+        _verify(made.data)
     sha256 = one.fact("Container-SHA256")
     if sha256 is None:
         return made
@@ -184,10 +191,18 @@ def checked_site(
     return container.contained(made, by)
 
 
+def _verify(data: Path) -> None:
+    """Raises UserError, naming the file and both hashes, where data is not as its manifest says."""
+    argv = [sys.executable, str(lab.TRAINER / "prepare.py"), "--verify", "--data", str(data)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(done.stderr.strip().removeprefix("prepare: "))
+
+
 def _require(what: str, recorded: str | None, found: str, remedy: str) -> None:
     if recorded != found:
         raise UserError(
-            f"another {what}: recorded is sha256 {recorded}, here is {found}. Remedy: {remedy}"
+            f"another {what}: recorded is sha256 {recorded}, here is sha256 {found}. {remedy}"
         )
 
 

@@ -22,3 +22,24 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., toylab.Lab]]:
     yield make
     for lab in made:
         toylab.remove(lab.root)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[toylab.Lab]:
+    """A toy campaign that has ended; not to be written to. See ended.toy."""
+    import ended
+
+    lab = ended.toy(tmp_path_factory.mktemp("toy") / "lab")
+    yield lab
+    toylab.remove(lab.root)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[toylab.Lab]:
+    """A campaign with a real referee that has ended; not to be written to. See ended.tiny."""
+    import ended
+
+    lab = ended.tiny(tmp_path_factory.mktemp("tiny") / "lab")
+    yield lab
+    toylab.remove(lab.root)
+    ended.runs.remove_data()

@@ -1,0 +1,215 @@
+"""Any commit again: in a fresh clone, against what was recorded, with a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import ended
+import pytest
+from ended import autoresearch
+from toylab import Lab
+
+from jobs import lab as labs
+from jobs import verdict
+from jobs.history import State
+from jobs.model import Result
+from jobs.verdict import Spread
+
+
+@pytest.fixture
+def fresh(toy: Lab, tmp_path: Path) -> Path:
+    """A clone that has fetched the toy campaign, and no campaign folder of its own."""
+    folder = ended.clone(toy, tmp_path / "clone")
+    assert autoresearch(folder, "fetch", "origin")[0] == 0
+    return folder
+
+
+# -- in a fresh clone -----------------------------------------------------------------------------
+
+
+def test_a_kept_a_discarded_and_a_crashed_experiment_come_again(toy: Lab, fresh: Path) -> None:
+    ledger = (fresh / "campaigns" / toy.name / "ledger.jsonl").read_bytes()
+    commit = toy.state.record("e0003").commit
+    for name, words in (("main", "identical"), (commit[:10], "identical"), ("e0004", "crash")):
+        status, said = autoresearch(fresh, "reproduce", name)
+        assert (status, said.splitlines()[-1][:11]) == (0, "reproduced:"), said
+        assert words in said
+    assert (fresh / "campaigns" / toy.name / "ledger.jsonl").read_bytes() == ledger
+    assert (fresh / "campaigns" / toy.name / "reproductions" / "e0002" / "1").is_dir()
+
+
+def test_another_score_is_told_against_the_known_spread(fresh: Path) -> None:
+    status, said = autoresearch(fresh, "reproduce", "e0005", "--times", "2", "--json")
+    (told,) = json.loads(said[said.index("[") :])
+    assert (status, told["verdict"]) == (1, "not reproduced")
+    assert "since no spread is known" in told["why"]
+    metrics = [run["metric"] for run in told["runs"]]
+    assert len(set(metrics)) == 2
+    assert told["difference"] == pytest.approx(sum(metrics) / 2 - told["original"]["metric"])
+    report = json.loads((Path(told["folder"]) / "report.json").read_text())
+    assert report == told
+
+
+def test_every_keep_is_rerun_by_one_command(fresh: Path) -> None:
+    status, said = autoresearch(fresh, "reproduce", "--all-keeps")
+    assert status == 0
+    assert [line[:5] for line in said.splitlines() if line.startswith("e0")] == ["e0001", "e0002"]
+
+
+def test_changed_constants_run_with_the_baseline_beside(fresh: Path) -> None:
+    status, said = autoresearch(fresh, "reproduce", "e0003", "--set", "Y=4", "--json")
+    (told,) = json.loads(said[said.index("[") :])
+    assert told["changed"] == ["Y 4"]
+    assert [run["metric"] for run in told["runs"]] == [25.0]  # (5 - 1)^2 + (4 - 1)^2
+    assert [run["metric"] for run in told["baseline"]] == [10.0]  # X is 3 there
+    assert (status, told["verdict"]) == (1, "not reproduced")
+    assert "-15" in told["why"]
+    assert autoresearch(fresh, "reproduce", "e0003", "--set", "Q=4")[0] == 2
+
+
+# -- what is not an experiment, not here, not unique -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("HEAD", "which is no experiment's"),
+        ("e0099", "it has experiments e0001 to e0005"),
+        ("nonsense", "is no experiment of campaign"),
+        ("0000", "is no experiment of campaign"),
+    ],
+)
+def test_what_is_no_experiment_is_told_in_words(fresh: Path, name: str, words: str) -> None:
+    status, said = autoresearch(fresh, "reproduce", name)
+    assert (status, words in said) == (2, True), said
+
+
+def test_without_its_records_an_experiments_commit_says_what_to_fetch(
+    toy: Lab, tmp_path: Path
+) -> None:
+    folder = ended.clone(toy, tmp_path / "clone")
+    status, said = autoresearch(folder, "reproduce", "e0002")
+    assert (status, "autoresearch fetch REMOTE" in said) == (2, True), said
+    refs = [f"refs/autoresearch/{toy.name}/{name}" for name in ("e0002", "records")]
+    fetch = ["git", "-C", str(folder), "fetch", "--quiet", "origin"]
+    subprocess.run([*fetch, *(f"{ref}:{ref}" for ref in refs)], check=True)
+    assert autoresearch(folder, "reproduce", "e0002")[0] == 0
+    status, said = autoresearch(folder, "reproduce", "e0003")
+    assert (status, "of e0003 is not in this clone" in said) == (2, True)
+
+
+# -- what must be the same ------------------------------------------------------------------------
+
+
+def test_a_byte_in_the_evaluator_is_refused_with_both_hashes(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "trainer"
+    shutil.copytree(labs.TRAINER, changed)
+    (changed / "prepare.py").write_text((changed / "prepare.py").read_text() + "#")
+    monkeypatch.setattr(labs, "TRAINER", changed)
+    status, said = autoresearch(fresh, "reproduce", "e0002")
+    assert status == 2
+    assert said.count("sha256 ") == 2
+    assert "another evaluator: recorded is" in said
+
+
+def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: Path) -> None:
+    folder = ended.clone(tiny, tmp_path / "clone")
+    assert autoresearch(folder, "fetch", "origin")[0] == 0
+    status, said = autoresearch(folder, "reproduce", "e0002")
+    assert (status, "reproduced: identical" in said) == (0, True), said
+
+    data = tmp_path / "data"
+    shutil.copytree(ended.runs.data_folder(), data)
+    shard = next(data.glob("shards/train*.parquet"), None) or next(data.glob("shards/*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(data))
+    assert (status, f"{shard.name} has sha256" in said) == (2, True)
+    assert "its manifest says" in said
+
+    manifest = data / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(data))
+    assert status == 2
+    assert "another data manifest in" in said
+    assert said.count("sha256 ") == 2
+    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(tmp_path / "none"))
+    assert (status, "autoresearch prepare" in said) == (2, True)
+
+
+# -- the verdict ----------------------------------------------------------------------------------
+
+THEN = Result("e0001-s1-a1", "ok", "", 2.0, gpu="NVIDIA H100 80GB HBM3")
+CRASH = Result("e0001-s1-a1", "crash", "exit 1: IndexError: 7 is out of 0x7f12")
+
+
+def metrics(*scores: float) -> list[Result]:
+    return [dataclasses.replace(THEN, metric=score) for score in scores]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (THEN, metrics(2.0), "reproduced: identical"),
+        (THEN, metrics(2.05, 1.95), "reproduced: within 0.1"),
+        (THEN, metrics(2.05, 1.8), "not reproduced: 1 of 2 runs: off by 0.2"),
+        (THEN, [CRASH], "not reproduced: it was ok (), it is crash"),
+        (CRASH, metrics(2.0), "not reproduced: it was crash"),
+        (
+            CRASH,
+            [dataclasses.replace(CRASH, reason="exit 1: IndexError: 9 is out of 0x7f34")],
+            "reproduced: it ends",
+        ),
+        (
+            CRASH,
+            [dataclasses.replace(CRASH, reason="exit 1: KeyError: 7")],
+            "not reproduced: it was",
+        ),
+        (THEN, [Result("r", "infrastructure", "node died")], "not comparable: infrastructure"),
+    ],
+)
+def test_a_score_must_come_within_the_spread_and_a_crash_must_crash_alike(
+    old: Result, new: list[Result], expected: str
+) -> None:
+    word, why = verdict.judge(old, new, Spread(0.1, "five times the spread"), [])
+    assert f"{word}: {why}".startswith(expected)
+
+
+def test_another_gpu_or_without_one_another_cpu_is_not_comparable() -> None:
+    cpu = {"cpu": "Xeon", "versions": {"python": "3.11.2", "torch": "2.13"}}
+    bare = dataclasses.replace(THEN, gpu=None, details=cpu)
+    other = dataclasses.replace(THEN, gpu="NVIDIA A100")
+    assert verdict.differences(THEN, other, True) == [f"GPU was {THEN.gpu}, is NVIDIA A100"]
+    assert verdict.differences(bare, THEN, True) == [f"GPU was none, is {THEN.gpu}"]
+    moved = dataclasses.replace(bare, details={"cpu": "EPYC", "versions": {"python": "3.12.0"}})
+    assert verdict.differences(bare, moved, True) == ["CPU was Xeon, is EPYC"]
+    told = verdict.differences(bare, moved, False)
+    assert told == ["CPU was Xeon, is EPYC", "python was 3.11.2, is 3.12.0"]
+    assert verdict.judge(THEN, metrics(2.0), Spread(0, ""), told)[0] == "not comparable"
+
+
+def test_the_spread_is_of_one_seed_else_of_seeds_else_our_own(toy: Lab) -> None:
+    state: State = toy.state
+    assert "no spread" in verdict.spread(state, 2.0).words
+    assert verdict.spread(state, 2.0).tolerance == pytest.approx(0.004)
+    run = state.record("e0002").runs[0]
+    for purpose, seeds, factor, words in (
+        ("confirm", (2, 3), 2, "seeds"),
+        ("screen", (1, 1), 5, "one"),
+    ):
+        again = [
+            run._replace(metric=m, seed=s, purpose=purpose)
+            for m, s in zip((2.0, 2.2), seeds, strict=True)
+        ]
+        records = state.records.thaw()
+        records.replace(1, state.record("e0002")._replace(runs=tuple(again)))
+        known = verdict.spread(dataclasses.replace(state, records=records), 2.0)
+        assert known.tolerance == pytest.approx(factor * 0.02**0.5)
+        assert words in known.words
