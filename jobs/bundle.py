@@ -74,12 +74,10 @@ def make(
     one = reproduce.original(state, repository, directory, record)
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder with --to")
-    found, recorded = seal.evaluator_sha256(lab.TRAINER), one.fact("Evaluator-SHA256")
-    if found != recorded:
-        raise UserError(
-            f"the frozen files here are sha256 {found}, {record.id} was scored by {recorded}: "
-            "install the version of this project that the campaign used"
-        )
+    reproduce.require(
+        *("evaluator", one.fact("Evaluator-SHA256"), seal.evaluator_sha256(lab.TRAINER)),
+        "Install the version of this project whose trainer/ the campaign used",
+    )
     draft = target.with_name(f".{target.name}.new")
     disk.remove(draft)
     _program(one, repository, state, draft)

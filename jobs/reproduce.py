@@ -170,7 +170,7 @@ def checked_site(
     """
     bare = dataclasses.replace(chosen, executor=dataclasses.replace(chosen.executor, image=None))
     made = dataclasses.replace(campaign.site(bare, root), config=chosen)
-    _require(
+    require(
         *("evaluator", one.fact("Evaluator-SHA256"), made.facts["evaluator_sha256"]),
         "Install the version of this project whose trainer/ the campaign used",
     )
@@ -178,7 +178,7 @@ def checked_site(
         again = "Prepare it into an empty folder (autoresearch prepare -- --data DIR), name that"
         if not wish.scale:
             recorded, found = one.fact("Data-Manifest-SHA256"), made.facts["data_manifest_sha256"]
-            _require(f"data manifest in {made.data}", recorded, found, again)
+            require(f"data manifest in {made.data}", recorded, found, again)
         _verify(made.data)
     sha256 = one.fact("Container-SHA256")
     if sha256 is None:
@@ -199,7 +199,8 @@ def _verify(data: Path) -> None:
         raise UserError(done.stderr.strip().removeprefix("prepare: "))
 
 
-def _require(what: str, recorded: str | None, found: str, remedy: str) -> None:
+def require(what: str, recorded: str | None, found: str, remedy: str) -> None:
+    """Raises UserError, with both hashes, where what is here is not what was recorded."""
     if recorded != found:
         raise UserError(
             f"another {what}: recorded is sha256 {recorded}, here is sha256 {found}. {remedy}"
