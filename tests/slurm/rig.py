@@ -71,7 +71,7 @@ def count_calls(home: Path) -> Counted:
     folder.mkdir()
     for name in ("squeue", "scontrol", "sacct"):
         (folder / name).write_text(
-            f'#!/bin/sh\necho {name} >>'{log}'\nexec {shutil.which(name)} "$@"\n'
+            f'#!/bin/sh\necho {name} >>"{log}"\nexec {shutil.which(name)} "$@"\n'
         )
         (folder / name).chmod(0o755)
     log.touch()

@@ -36,6 +36,13 @@ def sruns(run: str) -> list[int]:
     return found
 
 
+def kill_together(pids: list[int]) -> None:
+    """An srun that sees the other one of its pair die ends the step."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
+
+
 def runs(count: int, first: int = 1) -> list[str]:
     return [f"e{number:04d}-s1-a1" for number in range(first, first + count)]
 
@@ -101,8 +108,7 @@ def test_a_run_outlives_both_its_sruns(controller):
     night("submit", "e0001-s1-a1", sleep=6)
     wait_for(lambda: night("survey") and night.claim("e0001-s1-a1"), 60)
     assert len(sruns("e0001-s1-a1")) == 2
-    for pid in sruns("e0001-s1-a1"):
-        os.kill(pid, signal.SIGKILL)
+    kill_together(sruns("e0001-s1-a1"))
     time.sleep(1)
     assert night.state("e0001-s1-a1")["phase"] == "running"
     wait_for(lambda: night.finished("e0001-s1-a1"), why="for the result")
@@ -114,8 +120,7 @@ def test_steps_are_found_again_after_the_controller_and_its_sruns_were_killed(co
     night("submit", "e0002-s1-a1", sleep=300)
     wait_for(lambda: night("survey") and all(map(night.claim, runs(2))), 60)
     night.kill()
-    for pid in [*sruns("e0001-s1-a1"), *sruns("e0002-s1-a1")]:
-        os.kill(pid, signal.SIGKILL)
+    kill_together([*sruns("e0001-s1-a1"), *sruns("e0002-s1-a1")])
     night.start()
     assert night("adopt", *runs(3)) == runs(2), "the third was never submitted"
     assert night.state("e0001-s1-a1")["phase"] == "running"
