@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import lab, lease, materialise, names, snapshot
+from jobs import lab, lease, materialise, mirror, names, snapshot
 from jobs.config import Config, to_dict
 from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
@@ -140,17 +140,33 @@ def _open(
     directory = common.campaign_dir
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "inbox").mkdir(exist_ok=True)
-    with contextlib.suppress(ValueError):  # a folder elsewhere needs no excluding
-        inside = directory.parent.resolve().relative_to(repository.root.resolve())
-        repository.exclude(f"/{inside}/")
+    _hide(repository, directory)
     highest = _highest_fence(directory)
     held = stack.enter_context(lease.acquire(directory, config.lease.stale_after, highest))
     ledger = Ledger(directory / "ledger.jsonl", held.fence, held.check)
     stack.callback(ledger.close)
     if ledger.torn:
         say(f"the ledger's last line was torn by a kill and is cut off: {ledger.torn[:60]!r}")
+    # First of all: from here on every reader ignores what a displaced writer still appends.
+    previous = held.taken_from and str(held.taken_from)
+    host, pid = held.process.host, held.process.pid
+    ledger.append("lease_taken", host=host, pid=pid, previous=previous)
     state = _begin(snapshot.open_history(directory)[0], ledger, config, common, repository)
     return Open(export_scorer(common, repository, state), repository, ledger, held, state)
+
+
+def _hide(repository: Repository, directory: Path) -> None:
+    """Have git ignore the campaigns' folder, if that lies in the work tree."""
+    with contextlib.suppress(ValueError):
+        inside = directory.parent.resolve().relative_to(repository.root.resolve())
+        repository.exclude(f"/{inside}/")
+
+
+def restore(config: Config, root: Path) -> None:
+    """The campaign's ledger as git has it, where that knows more (or all). Raises UserError."""
+    repository, directory = Repository(root), folder(config, root)
+    if mirror.restore(repository, config.campaign, directory):
+        _hide(repository, directory)
 
 
 def _highest_fence(directory: Path) -> int:

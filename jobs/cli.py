@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import AutoresearchError, UserError
+from jobs.screen import Screen
 
 ABOUT = """\
 A night of experiments by itself: a researcher proposes an edit of one file, a referee trains and
@@ -229,7 +230,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(night.dry_run(config, root))
         return 0
-    reason = night.run(config, root, _say)
+    screen = Screen()
+    reason = night.run(config, root, screen.say, screen.show)
     if reason == "interrupted":
         print("handed over; runs under way go on and are adopted: `autoresearch run` resumes")
         return 0
@@ -400,7 +402,9 @@ def clean(arguments: argparse.Namespace) -> int:
 def demo(arguments: argparse.Namespace) -> int:
     from jobs import demo
 
-    return demo.run(arguments.folder, arguments.detuned, arguments.experiments, _say)
+    screen = Screen()
+    chosen = arguments.folder, arguments.detuned, arguments.experiments
+    return demo.run(*chosen, screen.say, screen.show)
 
 
 # -- again, and elsewhere -------------------------------------------------------------------------
@@ -432,12 +436,12 @@ def push(arguments: argparse.Namespace) -> int:
 
 @command
 def fetch(arguments: argparse.Namespace) -> int:
-    from jobs import mirror, report
+    from jobs import campaign, mirror, report
     from jobs.repository import Repository
 
-    repository, config = Repository(_root(arguments)), _config(arguments)
-    mirror.fetch(repository, arguments.remote, config.campaign)
-    mirror.restore(repository, config.campaign, _directory(arguments))
+    config = _config(arguments)
+    mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
+    campaign.restore(config, _root(arguments))
     state, directory = _state(arguments)
     report.write_tables(directory, state)
     print(f"{config.campaign}: {len(state.records)} experiments, in {directory}")
@@ -537,17 +541,9 @@ def _state(arguments: argparse.Namespace) -> tuple[Any, Path]:
 
     directory = _directory(arguments)
     if not (directory / "ledger.jsonl").exists():
-        _restore(arguments, directory)
+        with contextlib.suppress(UserError):  # neither a repository nor records: told by `read`
+            campaign.restore(_config(arguments), _root(arguments))
     return campaign.read(directory), directory
-
-
-def _restore(arguments: argparse.Namespace, directory: Path) -> None:
-    """A campaign that came with git only has its records there."""
-    from jobs import mirror
-    from jobs.repository import Repository
-
-    with contextlib.suppress(UserError):  # neither a repository nor records: told by who reads
-        mirror.restore(Repository(_root(arguments)), _config(arguments).campaign, directory)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from jobs.runs import Runs
 from jobs.submission import Executor
 from jobs.tables import Tables
 
+SHOW_S = 1.0  # between two lines of progress
 TICK_S = 0.02  # between two looks at the world
 MIRROR_EVERY = 50  # decisions between two copies of the records into git
 
@@ -44,7 +45,7 @@ class Controller:
     Args:
         opened: the campaign, held for writing.
         researchers, understudy: as Proposals takes them.
-        say: takes a line for people.
+        say: takes a line for people; `show`: progress, which the next line replaces.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Controller:
         researchers: Callable[[Branch], Researcher],
         understudy: Callable[[Branch], Researcher | None],
         say: Callable[[str], None],
+        show: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.folder = opened.site.config, opened.site.campaign_dir
         self.opened, self.repository, self.say = opened, opened.repository, say
@@ -62,7 +64,7 @@ class Controller:
         shared = (opened.site, self.journal, self.repository)
         self.runs = Runs(*shared, executor, say)
         self.proposals = Proposals(*shared, researchers, understudy, say, self.stop)
-        self.executor = executor
+        self.executor, self.show, self._shown = executor, show, 0.0
         self._ending: str | None = None  # why no more proposals are asked for
         self._confirming = False
         self._interrupts = 0
@@ -100,6 +102,7 @@ class Controller:
             events = self.journal.state.events
             self._tick()
             if self.journal.state.events == events:
+                self._show_progress()
                 time.sleep(TICK_S)
         self.journal.record("stopped", reason=reason)
         return reason
@@ -117,6 +120,11 @@ class Controller:
             self._require_a_branch()
             self._launch()
         self.journal.snapshot()
+
+    def _show_progress(self) -> None:
+        if time.monotonic() - self._shown >= SHOW_S:
+            self._shown = time.monotonic()
+            self.show(self.runs.progress())
 
     def _finished(self) -> str | None:
         """Why the campaign is over, once nothing is left to do for it."""
@@ -154,8 +162,6 @@ class Controller:
 
     def _recover(self) -> None:
         """Make the world agree with the ledger: refs, proposals that died, runs intended."""
-        if (before := self.opened.lease.taken_from) is not None:
-            self.journal.record("lease_taken", previous=str(before))
         if self.journal.state.paused or self.journal.state.stopped:
             self.journal.record("resumed")
         self._restore_refs()

@@ -23,7 +23,11 @@ DETUNED = {"matrix_rate": 1 / FACTOR, "embedding_rate": 1 / FACTOR}
 
 
 def run(
-    folder: Path | None, detuned: bool, experiments: int | None, say: Callable[[str], None]
+    folder: Path | None,
+    detuned: bool,
+    experiments: int | None,
+    say: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> int:
     """Make the lab (or find it again), prepare the data, run the campaign, say what came of it.
 
@@ -44,7 +48,7 @@ def run(
     data = campaign.data_folder(settings)
     say(f"corpus: Python's own standard library, prepared in {data}")
     lab.prepare(settings.data.corpus, settings.data.scale, data)
-    reason = night.run(settings, folder, say)
+    reason = night.run(settings, folder, say, show)
     if reason == "interrupted":
         say("handed over; the same command resumes")
         return 0

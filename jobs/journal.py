@@ -11,8 +11,6 @@ from jobs.errors import AutoresearchError, Paused
 from jobs.history import State, fold
 from jobs.ledger import Ledger
 
-SNAPSHOT_EVERY = 200  # events
-
 
 class Journal:
     """Append to the ledger and fold what was appended into `state`."""
@@ -38,6 +36,6 @@ class Journal:
 
     def snapshot(self, force: bool = False) -> None:
         """Save the state now and then, so that the next start need not replay everything."""
-        if force or self.state.events - self._saved_at >= SNAPSHOT_EVERY:
+        if force or snapshot.due(self.state, self._saved_at):
             self._saved_at = self.state.events
             snapshot.save(self.folder, self.state, self.ledger.offset)

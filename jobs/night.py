@@ -9,15 +9,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agent.researcher import Researcher, researcher
-from jobs import campaign, materialise, submission
-from jobs.config import Agent, Config, agent_of
+from jobs import campaign, lab, materialise, submission
+from jobs.config import Agent, Config, Data, agent_of
 from jobs.controller import Controller
 from jobs.history import Branch, State
 from jobs.model import Experiment, Run
 
 
-def run(config: Config, root: Path, say: Callable[[str], None]) -> str:
+def run(
+    config: Config,
+    root: Path,
+    say: Callable[[str], None],
+    show: Callable[[str], None] = lambda text: None,
+) -> str:
     """Run or resume the campaign. Returns why it ended. Raises as `Controller.run`."""
+    if config.data == Data():  # the embedded default: seconds, and nothing to fetch
+        lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
     with campaign.opened(config, root, say) as opened:
         state = opened.state
         scale = "" if config.task.kind == "general" else f", scale {config.data.scale}"
@@ -28,7 +35,7 @@ def run(config: Config, root: Path, say: Callable[[str], None]) -> str:
         for branch in state.branches.values():
             cast(branch)  # what no researcher can be made from is told before a run starts
         executor = submission.executor(config.executor, opened.site.campaign_dir)
-        controller = Controller(opened, executor, cast, cast.understudy, say)
+        controller = Controller(opened, executor, cast, cast.understudy, say, show)
         return controller.run()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from jobs.submission import Executor, JobState, Place
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
 LOCAL_LOST_AFTER_S = 0.5
 LOCAL_SURVEY_S = 0.25
+TELEMETRY_TAIL = 8192  # bytes, some lines of it
 HANG_MARGIN_S = 300.0  # beyond a run's own limit, which its wrapper enforces
 
 
@@ -104,6 +107,22 @@ class Runs:
         config = self._site.config
         ceiling = materialise.feed_ceiling_s(self._journal.state, config, run.branch)
         return materialise.wall_limit_s(config, ceiling)
+
+    def progress(self) -> str:
+        """How far the runs under way are, for people: 'e0003 s1 43 % loss 3.21 | ...'."""
+        return " | ".join(self._progress(run) for run in self._journal.state.running())
+
+    def _progress(self, run: OpenRun) -> str:
+        name, state = f"{run.run.experiment} s{run.run.seed}", self._states.get(run.run.id)
+        if state and state.phase == "pending":
+            return f"{name} pending {state.reason}".rstrip()
+        try:
+            with open(self.folder(run) / "telemetry.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TELEMETRY_TAIL))
+                last = json.loads(file.read().split(b"\n")[-2])
+            return f"{name} {last['progress']:.0%} loss {last['loss']:.3f}"
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return f"{name} starting"  # nothing logged, or not what our train.py logs
 
     # -- ending -----------------------------------------------------------------------------------
 

@@ -326,7 +326,7 @@ def test_ctrl_c_ends_in_words_and_leaves_no_half_file(texts, tmp_path):
     process = subprocess.Popen(
         [sys.executable, PREPARE, *arguments], stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "data/tokenizer.json").exists():
+    while not (tmp_path / "data" / STEPS[0]).exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     assert "goes on from here" in process.communicate()[1]

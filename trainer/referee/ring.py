@@ -25,7 +25,11 @@ class Ring:
         self._turn = 0
 
     def put(self, rows: np.ndarray) -> int:
-        """Write rows into the next slot; its offset. What lies in the other slots stays."""
+        """Write rows into the next slot; its offset. What lies in the other slots stays.
+
+        Raises Garbage where the program cut the file: writing would make it whole again.
+        """
+        self.check()
         turn = self._turn = (self._turn + 1) % SLOTS
         offset, capacity = self._places[turn]
         if rows.nbytes > capacity:

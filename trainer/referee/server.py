@@ -252,8 +252,13 @@ class Referee:
         reported = self._account["reported"]
         if len(reported.keys() | metrics.keys()) <= protocol.MAX_LOG_KEYS:
             reported.update(metrics)
-        now = round(time.monotonic() - self.clock.begun, 3)
-        line = json.dumps({**metrics, "seconds": now, "tokens": self.clock.trained}) + "\n"
+        now = time.monotonic()
+        facts = {
+            "seconds": round(now - self.clock.begun, 3),
+            "tokens": self.clock.trained,
+            "progress": round(self.clock.progress(now), 4),
+        }
+        line = json.dumps({**metrics, **facts}) + "\n"
         if self._telemetry.tell() + len(line) > TELEMETRY_BYTES:
             self._account["metrics_not_stored"] += 1
         else:
