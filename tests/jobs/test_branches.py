@@ -1,0 +1,272 @@
+"""Branches beside each other: their places, their troubles, and their way to other clones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ended
+import pytest
+import yaml
+from ended import autoresearch
+from toylab import GIT, Lab, change, check_books
+
+from jobs import submission
+from jobs.config import Executor
+from jobs.errors import ConfigError, UserError
+from jobs.history import fold
+from jobs.model import Run, Submission
+from jobs.submission import LocalExecutor
+from slurm import script
+
+MakeLab = Callable[..., Lab]
+
+
+# -- their own places -----------------------------------------------------------------------------
+
+
+class Choosy(LocalExecutor):
+    """Remembers the places asked for, and knows no node n9."""
+
+    asked: list[tuple[str, Mapping[str, str]]]
+
+    def submit(self, run: Run, *rest: Any) -> Submission:
+        place = rest[-1]
+        self.asked.append((run.experiment, dict(place)))
+        if place.get("node") == "n9":
+            raise UserError("sbatch: Invalid node name specified")
+        return super().submit(run, *rest)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Mapping[str, str]]]:
+    """Runs go through Choosy, which is taken for Slurm; what it was asked for."""
+    found: list[tuple[str, Mapping[str, str]]] = []
+
+    def choose(settings: Executor, campaign_dir: Path) -> Choosy:
+        made = Choosy(settings, campaign_dir)
+        made.asked = found
+        return made
+
+    monkeypatch.setattr(submission, "executor", choose)
+    return found
+
+
+def test_each_branch_asks_for_its_own_node_feature_and_gpu(make_lab: MakeLab, asked: list) -> None:
+    places = {"a": {"node": "n1"}, "b": {"constraint": "fast", "gpu": "h100"}, "c": {}}
+    lab = make_lab(
+        branches=places,
+        executor={"kind": "slurm", "slots": 3, "poll_seconds": 0.2},
+        limits={"experiments": 3},
+    )
+    lab.run()
+    state = lab.state
+    assert {state.record(name).branch: place for name, place in asked} == places
+    check_books(lab)
+
+
+def test_a_place_that_does_not_exist_pauses_its_branch_alone(
+    make_lab: MakeLab, asked: list
+) -> None:
+    lab = make_lab(
+        change(X=1),
+        branches={"main": {}, "lost": {"node": "n9"}},
+        executor={"kind": "slurm", "slots": 2, "poll_seconds": 0.2},
+    )
+    lab.run()
+    lost = lab.state.branch("lost")
+    first = next(iter(lab.state.experiments("lost")))
+    assert "Invalid node name" in lab.state.results(first.id)[0].reason
+    assert lost.paused is not None
+    assert "has no score" in lost.paused
+    assert lab.state.branch("main").best_metric == 9.0
+
+
+def test_a_job_has_its_branchs_node_feature_and_gpu() -> None:
+    settings = Executor(constraint="ib", gpus="a100:2", exclude=("n1", "n2"))
+    folder = Path("/x")
+    place = {"node": "n1", "constraint": "fast", "gpu": "h100"}
+    found = script.sbatch_parameters(settings, "night-e0001-s1-a1", folder, 60.0, {"n3"}, place)
+    assert (found["nodelist"], found["exclude"]) == ("n1", "n2,n3")
+    assert found["constraint"] == "ib&fast"
+    assert found["additional_parameters"]["gres"] == "gpu:h100:2"
+    plain = script.sbatch_parameters(settings, "night-e0001-s1-a1", folder, 60.0, {"n3"})
+    assert "nodelist" not in plain
+    assert plain["additional_parameters"]["gres"] == "gpu:a100:2"
+    holder = script.holder_text(settings, folder, 60.0, {"n1", "n3"}, nodes={"n1"})
+    assert "#SBATCH --nodelist=n1\n#SBATCH --exclude=n2,n3\n" in holder
+
+
+def test_places_that_an_executor_does_not_have_are_told_at_once(make_lab: MakeLab) -> None:
+    lab = make_lab(branches={"main": {"node": "n1"}})
+    with pytest.raises(
+        ConfigError, match=r"branches\.main: node and constraint need executor.kind"
+    ):
+        lab.run()
+    lab.configure(executor={"kind": "allocation"}, branches={"main": {"constraint": "fast"}})
+    with pytest.raises(ConfigError, match=r"branches\.main\.constraint"):
+        lab.run()
+
+
+# -- their own troubles ---------------------------------------------------------------------------
+
+
+def test_a_start_commit_that_does_not_exist_pauses_its_branch_alone(make_lab: MakeLab) -> None:
+    branches = {"main": {}, "side": {"start": "nowhere"}}
+    lab = make_lab(change(X=1), branches=branches, limits={"experiments": 2})
+    lab.run()
+    assert [line for line in lab.lines if "side is paused: no commit 'nowhere'" in line]
+    assert lab.state.branch("main").best_metric == 9.0
+    lab.git("branch", "nowhere", "main")
+    lab.configure(limits={"experiments": 3})
+    lab.run()
+    assert lab.state.branch("side").baseline_metric == 10.0
+    check_books(lab)
+
+
+def test_a_branch_added_at_night_has_a_researcher_of_its_own(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), executor={"slots": 2}, limits={"experiments": 4})
+    once = []
+
+    def add(line: str) -> None:
+        if "e0001" in line and not once:
+            once.append(line)
+            autoresearch(lab.root, "branch", "add", "side", "--agent", "sweep", "--slots", "1")
+
+    lab.run(add)
+    side = lab.state.branch("side")
+    assert side.settings["agent"]["kind"] == "sweep"
+    researchers = {lab.state.experiment(r.id).researcher for r in lab.state.experiments("side")}
+    assert researchers == {"none", "sweep"}
+    lab.configure(limits={"experiments": 5})
+    lab.run()  # campaign.yaml does not know the branch: the ledger does
+    assert lab.state.branch("side").experiments > side.experiments - 1
+    check_books(lab)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tell", "gone", "hear me"], "branch gone is retired"),
+        (["adopt", "e0001", "--into", "gone"], "branch gone is retired"),
+        (["branch", "pause", "gone"], "branch gone is retired"),
+        (["tell", "nobody", "hello"], "no branch 'nobody'; there are gone, main"),
+        (["branch", "add", "a..b"], "git allows no '..' in a name"),
+        (["branch", "add", "a/b"], "contains '/'"),
+    ],
+)
+def test_an_order_that_cannot_be_obeyed_is_refused_when_it_is_given(
+    shared: Lab, words: list[str], said: str
+) -> None:
+    status, text = autoresearch(shared.root, *words)
+    assert (status, said in text) == (2, True), text
+    assert list((shared.folder / "inbox").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    lab = Lab(
+        tmp_path_factory.mktemp("retired") / "lab",
+        branches={"main": {}, "gone": {}},
+        limits={"experiments": 2},
+    )
+    lab.run()
+    lab.configure(limits={"experiments": 3})
+    assert autoresearch(lab.root, "branch", "retire", "gone")[0] == 0
+    lab.run()
+    return lab
+
+
+def test_a_retired_branch_that_is_resumed_goes_on(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), change(Y=1), limits={"experiments": 1})
+    lab.run()
+    autoresearch(lab.root, "branch", "retire", "main")
+    lab.configure(limits={"experiments": 2})
+    assert lab.run() == "every branch is retired"
+    autoresearch(lab.root, "branch", "resume", "main")
+    lab.run()
+    assert lab.state.branch("main").retired is None
+    assert lab.state.branch("main").kept == 2
+
+
+# -- to other clones ------------------------------------------------------------------------------
+
+
+def test_a_campaign_reads_the_same_in_another_clone(toy: Lab, tmp_path: Path) -> None:
+    clone = ended.clone(toy, tmp_path / "clone")
+    status, said = autoresearch(clone, "log")
+    assert (status, "autoresearch fetch REMOTE" in said) == (2, True)
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
+    collect(clone)
+    for words in (["log"], ["show", "e0002"], ["show", "e0004"], ["diff", "e0003"], ["compare"]):
+        here, there = (autoresearch(folder, *words) for folder in (toy.root, clone))
+        assert here == there
+        assert here[0] == 0
+    folder = clone / "campaigns" / toy.name
+    for name in ("results.tsv", "branches/main/results.tsv", "ledger.jsonl"):
+        assert (folder / name).read_bytes() == (toy.folder / name).read_bytes()
+    for commit in toy.git("rev-list", f"autoresearch/{toy.name}/main", "--not", "main").split():
+        notes = [
+            git(f, "notes", "--ref", "autoresearch", "show", commit) for f in (toy.root, clone)
+        ]
+        assert notes[0] == notes[1] != ""
+
+
+def test_records_in_git_are_enough_where_the_campaigns_folder_is_gone(
+    toy: Lab, tmp_path: Path
+) -> None:
+    clone = ended.clone(toy, tmp_path / "clone")
+    (clone / "campaign.yaml").unlink()
+    assert autoresearch(clone, "fetch", "origin", "--campaign", toy.name)[0] == 0
+    for path in sorted((clone / "campaigns").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    status, said = autoresearch(clone, "log", "--campaign", toy.name)
+    assert (status, said) == autoresearch(toy.root, "log")
+    assert git(clone, "status", "--porcelain").split() == ["D", "campaign.yaml"]
+
+
+def test_a_campaign_goes_on_in_another_clone_and_comes_back(
+    make_lab: MakeLab, tmp_path: Path
+) -> None:
+    lab = make_lab(change(X=1), change(Y=2), limits={"experiments": 2})
+    lab.git("add", "campaign.yaml", "edits.yaml")
+    lab.git("commit", "--quiet", "--message", "settings")
+    lab.run()
+    clone = ended.clone(lab, tmp_path / "clone")
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
+    settings = yaml.safe_load((clone / "campaign.yaml").read_text())
+    (clone / "campaign.yaml").write_text(yaml.safe_dump(settings | {"limits": {"experiments": 3}}))
+    assert autoresearch(clone, "run")[0] == 0
+    assert autoresearch(clone, "push", "origin")[0] == 0
+    bare = str(tmp_path / "clone.git")
+    assert autoresearch(lab.root, "fetch", bare)[0] == 0
+    assert [r.id for r in lab.state.experiments()] == ["e0001", "e0002", "e0003"]
+    assert fold(lab.events()) == lab.state
+
+    lab.configure(limits={"experiments": 3}, confirm={"runs": 1})
+    lab.run()  # both go on: neither is overwritten
+    (clone / "campaign.yaml").write_text(yaml.safe_dump(lab.settings | {"confirm": {"runs": 2}}))
+    assert autoresearch(clone, "run")[0] == 0
+    assert autoresearch(clone, "push", "origin")[0] == 0
+    status, said = autoresearch(lab.root, "push", bare)
+    assert (status, "autoresearch fetch" in said) == (1, True), said
+
+
+def collect(folder: Path) -> None:
+    git(folder, "reflog", "expire", "--expire=now", "--all")
+    git(folder, "gc", "--quiet", "--prune=now")
+    git(folder, "fsck", "--connectivity-only", "--strict")
+
+
+def git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words],
+        env={**os.environ, **GIT},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
