@@ -34,6 +34,7 @@ from jobs.tables import Tables
 
 SHOW_S = 1.0  # between two lines of progress
 TICK_S = 0.02  # between two looks at the world
+CLUSTER_TICK_S = 0.25  # where every look is a request to a file server that others share
 MIRROR_EVERY = 50  # decisions between two copies of the records into git
 
 Events = list[tuple[str, Mapping[str, Any]]]
@@ -68,6 +69,7 @@ class Controller:
         self._ending: str | None = None  # why no more proposals are asked for
         self._confirming = False
         self._interrupts = 0
+        self._tick_s = TICK_S if self.config.executor.kind == "local" else CLUSTER_TICK_S
         self._tables = Tables(self.folder)
         self._unmirrored = 0  # decisions since the records were last copied into git
         self._deadline = _deadline(self.config)
@@ -103,7 +105,7 @@ class Controller:
             self._tick()
             if self.journal.state.events == events:
                 self._show_progress()
-                time.sleep(TICK_S)
+                time.sleep(self._tick_s)
         self.journal.record("stopped", reason=reason)
         return reason
 

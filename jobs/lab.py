@@ -48,7 +48,8 @@ def make(folder: Path, train_py: str | None = None) -> Path:
 def commit(folder: Path, message: str) -> None:
     """Commit everything in a lab that this module made."""
     _git(folder, "add", "--all")
-    _git(folder, *_identity(folder), "commit", "--quiet", "--message", message)
+    quietly = ("--quiet", "--no-verify", "--no-gpg-sign")  # the user's hooks know other projects
+    _git(folder, *_identity(folder), "commit", *quietly, "--message", message)
 
 
 def _copy_programs(folder: Path) -> None:

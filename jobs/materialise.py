@@ -84,6 +84,7 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
     config = site.config
     general = config.task.kind == "general"
     ceiling = feed_ceiling_s(state, config, experiment.branch)
+    limit = wall_limit_s(config, ceiling)
     cache = site.caches and site.caches / experiment.branch / "cache"
     scorer = None
     if general and config.task.scorer:
@@ -98,7 +99,7 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         program=str(run_dir / "program"),
         command=config.task.command,
         run_dir=str(run_dir),
-        wall_limit_s=wall_limit_s(config, ceiling),
+        wall_limit_s=limit,
         python=site.python or config.executor.python,
         trainer=site.trainer and str(site.trainer),
         data=None if site.data is None else str(site.data),
@@ -107,7 +108,7 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         budget=TaskBudget(run.budget.kind, run.budget.amount),
         startup_free_s=None if general else startup_free_s(config),
         feed_ceiling_s=ceiling,
-        scoring_limit_s=SCORING_S,
+        scoring_limit_s=min(SCORING_S, limit),
         limits=Limits(
             config.run.memory_mb, config.run.processes, config.run.log_mb, config.run.scratch_mb
         ),

@@ -253,7 +253,13 @@ def test_a_campaign_that_has_not_begun_is_said(
 def test_init_makes_a_lab_that_can_be_begun(
     tmp_path: Path, autoresearch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")  # no name and no mail are configured
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "pre-commit").write_text("#!/bin/sh\nexit 1\n")
+    (hooks / "pre-commit").chmod(0o755)
+    # a user with habits, but without a name
+    (tmp_path / "config").write_text(f"[core]\nhooksPath={hooks}\n[commit]\ngpgSign=true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
     folder = tmp_path / "a lab"
     status, out, _ = autoresearch("init", str(folder))
     assert status == 0
@@ -272,6 +278,19 @@ def test_init_from_a_task_of_ones_own_says_how_to_go_on(looking: Lab, autoresear
     status, _, err = autoresearch("init", "new", "--from", str(looking.folder))
     assert status == 2
     assert f"git switch autoresearch/{looking.name}/main" in err
+
+
+def test_init_from_a_campaign_begins_with_its_best_program(
+    finished: Lab, tmp_path: Path, autoresearch: Run
+) -> None:
+    shutil.copytree(finished.root, tmp_path / "lab", symlinks=True)
+    made = finished.at(tmp_path / "lab")
+    book = made.folder / "ledger.jsonl"
+    book.write_text(book.read_text().replace('"kind":"general"', '"kind":"nanochat"'))
+    (made.folder / "snapshot.json").unlink()
+    assert autoresearch("init", str(tmp_path / "new"), "--from", str(made.folder))[0] == 0
+    text = (tmp_path / "new/trainer/train.py").read_text()
+    assert text == toylab.SOLUTION.replace("X = 2.0", "X = 1")
 
 
 def test_dry_run_checks_everything_and_leaves_nothing(inside: Lab, autoresearch: Run) -> None:

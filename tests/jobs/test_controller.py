@@ -605,6 +605,15 @@ def test_a_run_that_hangs_is_ended_and_tried_again(make_lab: MakeLab) -> None:
     check_books(lab)
 
 
+def test_a_run_beyond_its_wall_limit_is_a_timeout(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1, NAP=60), limits={"experiments": 2}, run={"wall_limit": 2.0})
+    lab.run()
+    (result,) = lab.state.results("e0002")
+    assert result.status == "timeout"
+    assert lab.verdicts() == {"baseline": "keep", "X 1, NAP 60": "discard"}
+    check_books(lab)
+
+
 def test_a_program_md_that_is_gone_pauses_its_branch_alone(make_lab: MakeLab) -> None:
     branches = {"main": {}, "other": {"program": "other.md"}}
     lab = make_lab(change(X=1), branches=branches, limits={"experiments": 3})
