@@ -71,12 +71,15 @@ def records(image: images.Image | None) -> dict[str, bytes]:
     return {f"{name}.def": image.definition.encode(), f"{name}.json": told.encode()}
 
 
-def recorded(sha256: str, tag: str, address: str | None, note: Callable[[str], None]) -> str:
+def recorded(
+    sha256: str, tag: str, address: str | None, kept: str, note: Callable[[str], None]
+) -> str:
     """The sha256 of the image that a commit names, once it is in the store: it decides.
 
     Args:
         tag: what people called it; that it means another image now is only noted.
         address: of the registry, as `pinned` gives it, from where it is pulled if it is missing.
+        kept: the ref of the campaign's records.
 
     Raises:
         ImageError: it is not to be had, and how one like it is built; or the registry's is another.
@@ -90,9 +93,9 @@ def recorded(sha256: str, tag: str, address: str | None, note: Callable[[str], N
         if not (address or "").startswith("oras://"):
             raise apptainer.ImageError(
                 f"the image {tag} (sha256 {sha256}) is not in {store}, and no registry is recorded."
-                " Restore its file (autoresearch image pull FILE --tag NAME), or build one like it"
-                f" (autoresearch image build; the records keep image-{sha256[:16]}.def) and name"
-                " it with --image: it is another image, and compared as such"
+                f" Restore its file (autoresearch image pull FILE --tag {tag}); or build its like "
+                f"(git show {kept}:image-{sha256[:16]}.def >again.def && autoresearch image build "
+                "again.def --tag again) and say --image again: another image, compared as such"
             )
         note(f"image pulled by its digest from {address}")
         found = remote.pull(store, address or "", tag=sha256[:16]).sha256

@@ -20,6 +20,7 @@ from jobs import (
     ledger,
     materialise,
     mirror,
+    names,
     report,
     rerun,
     submission,
@@ -166,7 +167,6 @@ def checked_site(
 
     Raises:
         UserError: one of them is missing, or another; with both hashes and what to do.
-        ImageError: the image's bytes have changed, or it cannot be had.
     """
     bare = dataclasses.replace(chosen, executor=dataclasses.replace(chosen.executor, image=None))
     made = dataclasses.replace(campaign.site(bare, root), config=chosen)
@@ -183,12 +183,16 @@ def checked_site(
     sha256 = one.fact("Container-SHA256")
     if sha256 is None:
         return made
+    from containers.apptainer import ImageError
     from jobs import container
 
-    by = wish.image or container.recorded(
-        sha256, one.fact("Container-Tag") or "", one.fact("Registry-Digest"), note
-    )
-    return container.contained(made, by)
+    known = one.fact("Container-Tag") or "", one.fact("Registry-Digest")
+    kept = names.records_ref(one.trailers["Campaign"])
+    try:
+        by = wish.image or container.recorded(sha256, *known, kept, note)
+        return container.contained(made, by)
+    except ImageError as error:
+        raise UserError(str(error)) from error  # exit status 1 says that it was not reproduced
 
 
 def _verify(data: Path) -> None:
@@ -243,7 +247,7 @@ def run(
         The report, as JSON; `text` puts it into words.
 
     Raises:
-        UserError, ImageError: something that the campaign used is missing, or is another.
+        UserError: something that the campaign used is missing, or is another.
     """
     one = original(state, repository, directory, record)
     notes: list[str] = []

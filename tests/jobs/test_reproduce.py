@@ -13,8 +13,9 @@ import pytest
 from ended import autoresearch
 from toylab import Lab
 
+from containers import images, remote
+from jobs import container, verdict
 from jobs import lab as labs
-from jobs import verdict
 from jobs.history import State
 from jobs.model import Result
 from jobs.verdict import Spread
@@ -213,3 +214,70 @@ def test_the_spread_is_of_one_seed_else_of_seeds_else_our_own(toy: Lab) -> None:
         known = verdict.spread(dataclasses.replace(state, records=records), 2.0)
         assert known.tolerance == pytest.approx(factor * 0.02**0.5)
         assert words in known.words
+
+
+# -- the image ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "images"
+    monkeypatch.setenv("AUTORESEARCH_IMAGES", str(folder))
+    return folder
+
+
+def put(store: Path, content: str, tag: str) -> images.Image:
+    """A file in the store that passes for an image."""
+    store.mkdir(exist_ok=True)
+    file = store / "draft"
+    file.write_text(content)
+    bare = images.Image(images.sha256(file), "", 0, 0, "Bootstrap: none", {}, (content,), "a test")
+    made = images.add(store, file, bare)
+    images.tag(store, made.sha256, tag)
+    return made
+
+
+def sought(image: images.Image, address: str | None = None) -> tuple[str, list[str]]:
+    notes: list[str] = []
+    ref = "refs/autoresearch/night/records"
+    return container.recorded(image.sha256, "cpu", address, ref, notes.append), notes
+
+
+def test_the_recorded_sha256_decides_and_a_moved_tag_is_told(store: Path) -> None:
+    first = put(store, "first", "cpu")
+    assert sought(first) == (first.sha256, [])
+    second = put(store, "second", "cpu")
+    found, (note,) = sought(first)
+    assert found == first.sha256
+    assert note.startswith(f"the tag cpu means sha256 {second.sha256} now")
+
+
+def test_an_image_that_is_gone_is_pulled_by_its_digest_or_its_like_is_built(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = put(store, "first", "cpu")
+    Path(gone.path).unlink()
+    name = f"refs/autoresearch/night/records:image-{gone.sha256[:16]}.def"
+    with pytest.raises(images.ImageError, match=f"git show {name} >again.def"):
+        sought(gone)
+
+    def pull(store: Path, uri: str, tag: str) -> images.Image:
+        return put(store, "first" if uri.endswith(":1") else "other", tag)
+
+    monkeypatch.setattr(remote, "pull", pull)
+    with pytest.raises(images.ImageError, match=f"recorded is sha256 {gone.sha256}"):
+        sought(gone, "oras://host/name@sha256:0")
+    address = "oras://host/name@sha256:1"
+    assert sought(gone, address) == (gone.sha256, [f"image pulled by its digest from {address}"])
+    assert images.tags(store)["cpu"] == gone.sha256
+
+
+def test_records_keep_what_an_image_was_and_where_it_may_be_had(store: Path) -> None:
+    image = put(store, "first", "cpu")
+    assert container.pinned(image) is None
+    image = images.note_registry(store, image, "oras://host/name", "sha256:1")
+    assert container.pinned(image) == "oras://host/name@sha256:1"
+    kept = container.records(image)
+    assert kept[f"image-{image.sha256[:16]}.def"] == b"Bootstrap: none"
+    assert json.loads(kept[f"image-{image.sha256[:16]}.json"])["packages"] == ["first"]
+    assert container.records(None) == {}
