@@ -13,8 +13,9 @@ QUIET_S = 60.0  # between two lines of progress where no terminal overwrites the
 class Screen:
     """Prints to a terminal or to a log. Safe to keep calling at any rate."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
-        self._out, self._terminal = out, out.isatty()
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._terminal = self._out.isatty()
         self._shown, self._shown_at = "", time.monotonic()
 
     def say(self, line: str) -> None:

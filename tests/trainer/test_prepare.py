@@ -322,7 +322,11 @@ def test_killed_at_any_step_the_same_command_finishes(texts, tmp_path):
 
 
 def test_ctrl_c_ends_in_words_and_leaves_no_half_file(texts, tmp_path):
-    arguments = ["--corpus", f"dir:{texts}", "--data", tmp_path / "data"]
+    text = "".join(path.read_text() for path in sorted(texts.iterdir()))
+    (tmp_path / "many").mkdir()
+    for i in range(20):  # enough for a second of work: the signal has to come before the end
+        (tmp_path / "many" / f"{i}.txt").write_text(f"{i}\n{text}")
+    arguments = ["--corpus", f"dir:{tmp_path / 'many'}", "--data", tmp_path / "data"]
     process = subprocess.Popen(
         [sys.executable, PREPARE, *arguments], stderr=subprocess.PIPE, text=True
     )
