@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from toylab import SOLUTION, Lab, change, check_books, ended, eventually
 
 from agent import scripted
@@ -212,6 +213,21 @@ def test_two_branches_share_the_slots_and_go_their_own_way(make_lab: MakeLab) ->
     assert not set(state.branch("one").kept_ids) & set(state.branch("two").kept_ids)
     assert (lab.folder / "branches" / "two" / "results.tsv").read_text().count("\n") == 4
     check_books(lab)
+
+
+def test_campaigns_of_one_repository_do_not_disturb_each_other(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), change(Y=1), limits={"experiments": 3}, confirm={"runs": 1})
+    both = [lab.at(lab.root, lab.name + letter) for letter in "ab"]
+    for one in both:
+        one.write(f"{one.name}.yaml", yaml.safe_dump(lab.settings | {"campaign": one.name}))
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(ended(one.start("run", f"{one.name}.yaml"))) for one in both]
+        for controller in started:
+            said, _ = controller.communicate(timeout=60)
+            assert controller.returncode == 0, said
+    for one in both:
+        assert one.state.branch("main").best_metric == 0.0
+        check_books(one)
 
 
 def test_each_run_has_a_gpu_of_its_own_also_after_a_restart(make_lab: MakeLab) -> None:

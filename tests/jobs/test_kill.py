@@ -178,7 +178,7 @@ def two_branches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.mark.parametrize(
     "point",
-    ["ledger.append:before:2", "ledger.append:after:2", "git.objects:after", "git.ref:before"],
+    ["ledger.append:before:3", "ledger.append:after:3", "git.objects:after", "git.ref:before"],
 )
 def test_an_adoption_is_neither_lost_nor_done_twice(
     two_branches: Lab, tmp_path: Path, point: str

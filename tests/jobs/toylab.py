@@ -169,10 +169,11 @@ class Lab:
         paths = f"{ROOT}:{sysconfig.get_path('purelib')}"  # its interpreter may be another one
         return {"HOME": str(self.root), "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def at(self, root: Path) -> Lab:
-        """The same lab in a copy of its folder."""
+    def at(self, root: Path, name: str = "") -> Lab:
+        """The same lab in a copy of its folder, or another campaign of it."""
         other = copy.copy(self)
-        other.root, other.folder = root, root / "campaigns" / self.name
+        other.root, other.name = root, name or self.name
+        other.folder = root / "campaigns" / other.name
         return other
 
     def belong_to(self, uid: int | None) -> None:
