@@ -32,7 +32,7 @@ from jobs.runs import Runs
 from jobs.submission import Executor
 from jobs.tables import Tables
 
-SHOW_S = 1.0  # between two lines of progress
+SHOW_S = 1.0  # between two looks around while nothing moves
 TICK_S = 0.02  # between two looks at the world
 CLUSTER_TICK_S = 0.25  # where every look is a request to a file server that others share
 MIRROR_EVERY = 50  # decisions between two copies of the records into git
@@ -104,7 +104,7 @@ class Controller:
             events = self.journal.state.events
             self._tick()
             if self.journal.state.events == events:
-                self._show_progress()
+                self._look_around()
                 time.sleep(self._tick_s)
         self.journal.record("stopped", reason=reason)
         return reason
@@ -123,10 +123,14 @@ class Controller:
             self._launch()
         self.journal.snapshot()
 
-    def _show_progress(self) -> None:
-        if time.monotonic() - self._shown >= SHOW_S:
-            self._shown = time.monotonic()
-            self.show(self.runs.progress())
+    def _look_around(self) -> None:
+        """While nothing moves: how far the runs are, and whether there still is a campaign."""
+        if time.monotonic() - self._shown < SHOW_S:
+            return
+        self._shown = time.monotonic()
+        self.show(self.runs.progress())
+        if not self.opened.ledger.path.exists():
+            raise Paused(f"{self.opened.ledger.path} is gone", "Bring the campaign's folder back")
 
     def _finished(self) -> str | None:
         """Why the campaign is over, once nothing is left to do for it."""
