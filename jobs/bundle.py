@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import disk, lab, materialise, mirror, report, reproduce
+from jobs import disk, lab, materialise, mirror, report
 from jobs.errors import UserError
-from jobs.history import State
 from jobs.model import Run, to_json
+from jobs.recorded import INSTALL, Clone, Original, original, require
 from jobs.records import Record
-from jobs.repository import Repository
-from jobs.reproduce import Original, Wish
 
 HERE, DATA, OUT = "/bundle", "/data", "/out"  # where a container sees the folders
+
+KEPT = [("data-{}.json", "data-manifest.json")]  # in the campaign's records, and here
+KEPT += [("image-{}.json", "image.json"), ("image-{}.def", "image.def")]
 
 HEAD = """\
 #!/bin/sh
@@ -61,9 +62,7 @@ grep -E '"(status|value|reason)"' "$out/result.json"
 """
 
 
-def make(
-    state: State, repository: Repository, directory: Path, record: Record, target: Path
-) -> Path:
+def make(clone: Clone, record: Record, target: Path) -> Path:
     """Write the folder `target`: program, frozen files, records, run.sh. Returns it.
 
     Raises:
@@ -71,52 +70,42 @@ def make(
     """
     from containers import seal
 
-    one = reproduce.original(state, repository, directory, record)
+    one = original(clone, record)
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder with --to")
-    reproduce.require(
-        *("evaluator", one.fact("Evaluator-SHA256"), seal.evaluator_sha256(lab.TRAINER)),
-        "Install the version of this project whose trainer/ the campaign used",
-    )
+    found = seal.evaluator_sha256(lab.TRAINER)
+    require("evaluator", one.fact("Evaluator-SHA256"), found, INSTALL)
     draft = target.with_name(f".{target.name}.new")
     disk.remove(draft)
-    _program(one, repository, state, draft)
+    _program(one, clone, draft)
     seal.copy_sealed(lab.TRAINER, draft / "trainer")
-    records = _records(repository, state)
-    _facts(one, state, record, records, directory, draft)
-    _command(one, state, draft, records)
+    try:
+        records = mirror.load_records(clone.repository, clone.state.campaign)
+    except UserError:
+        records = {}  # never copied into git yet
+    _facts(one, clone, record, records, draft)
+    _command(one, clone, records, draft)
     draft.rename(target)
     return target
 
 
-def _program(one: Original, repository: Repository, state: State, draft: Path) -> None:
+def _program(one: Original, clone: Clone, draft: Path) -> None:
     task = one.config.task
     paths = () if task.kind == "general" else task.editable
-    repository.snapshot(one.experiment.commit, draft / "program", paths)
+    clone.repository.snapshot(one.experiment.commit, draft / "program", paths)
     if task.scorer:
-        repository.snapshot(state.start["start_commit"], draft / "scorer", task.scorer.files)
+        start = clone.state.start["start_commit"]
+        clone.repository.snapshot(start, draft / "scorer", task.scorer.files)
     for folder, names, files in os.walk(draft):  # a snapshot is read-only, a bundle is the user's
         for path in (folder, *(os.path.join(folder, name) for name in (*names, *files))):
             if not os.path.islink(path):
                 os.chmod(path, os.stat(path).st_mode | 0o200)
 
 
-def _records(repository: Repository, state: State) -> Mapping[str, bytes]:
-    try:
-        return mirror.load_records(repository, state.campaign)
-    except UserError:
-        return {}  # a campaign that was never copied into git has them in its folder only
-
-
 def _facts(
-    one: Original,
-    state: State,
-    record: Record,
-    records: Mapping[str, bytes],
-    directory: Path,
-    draft: Path,
+    one: Original, clone: Clone, record: Record, records: Mapping[str, bytes], draft: Path
 ) -> None:
-    decision = state.decision(record.id)
+    state, decision = clone.state, clone.state.decision(record.id)
     told = {
         "experiment": to_json(one.experiment),
         "trailers": dict(one.trailers),
@@ -126,26 +115,23 @@ def _facts(
     }
     (draft / "record.json").write_text(json.dumps(told, indent=1))
     (draft / "record.txt").write_text(report.show_text(state, record.id))
-    kept = {
-        "data-manifest.json": _kept(records, "data", one.fact("Data-Manifest-SHA256"), "json"),
-        "image.json": _kept(records, "image", one.fact("Container-SHA256"), "json"),
-        "image.def": _kept(records, "image", one.fact("Container-SHA256"), "def"),
-    }
-    for name, content in kept.items():
-        if content is not None:
+    for kind, name in KEPT:
+        if content := records.get(_kept(one, kind)):
             (draft / name).write_bytes(content)
-    weights = directory / "heads" / record.branch / disk.WEIGHTS
+    weights = clone.directory / "heads" / record.branch / disk.WEIGHTS
     if state.branch(record.branch).best == record.id and weights.exists():
         shutil.copyfile(weights, draft / disk.WEIGHTS)
 
 
-def _kept(records: Mapping[str, bytes], kind: str, sha: str | None, end: str) -> bytes | None:
-    return records.get(f"{kind}-{(sha or '')[:16]}.{end}")
+def _kept(one: Original, kind: str) -> str:
+    """What the campaign's records call the data's manifest, or the image's facts or definition."""
+    trailer = "Data-Manifest-SHA256" if kind == "data-{}.json" else "Container-SHA256"
+    return kind.format((one.fact(trailer) or "")[:16])
 
 
-def _command(one: Original, state: State, draft: Path, records: Mapping[str, bytes]) -> None:
+def _command(one: Original, clone: Clone, records: Mapping[str, bytes], draft: Path) -> None:
     """task.json, and run.sh around it."""
-    chosen = reproduce.settings(one, Wish(), None)
+    chosen = one.settings()
     contained, nanochat = one.fact("Container-SHA256"), chosen.task.kind == "nanochat"
     site = materialise.Site(
         chosen,
@@ -154,11 +140,9 @@ def _command(one: Original, state: State, draft: Path, records: Mapping[str, byt
         {"evaluator_sha256": one.fact("Evaluator-SHA256")},
         scorer_files=Path(HERE, "scorer"),
     )
-    again = Run(
-        *(one.experiment.id, one.run.seed, one.run.attempt),
-        *(materialise.budget(chosen), chosen.data.scale),
-    )
-    task = materialise.task(site, state, one.experiment, again, Path(OUT)).to_json()
+    length, scale = materialise.budget(chosen), chosen.data.scale
+    again = Run(one.experiment.id, one.run.seed, one.run.attempt, length, scale)
+    task = materialise.task(site, clone.state, one.experiment, again, Path(OUT)).to_json()
     task |= {"program": f"{HERE}/program", "python": None}
     task["isolation"] = "none" if contained else "auto"  # the container is the wall
     (draft / "task.json").write_text(json.dumps(task, indent=1))
@@ -180,7 +164,7 @@ def _script(one: Original, nanochat: bool, records: Mapping[str, bytes], data: A
     if sha256 is None:
         parts.append(PLAIN.format(data="$data" if nanochat else ""))
     else:
-        image = json.loads(_kept(records, "image", sha256, "json") or b"{}")
+        image = json.loads(records.get(_kept(one, "image-{}.json"), b"{}"))
         cuda = image.get("labels", {}).get("autoresearch.cuda", "none")
         parts.append(
             CONTAINED.format(

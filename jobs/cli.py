@@ -450,35 +450,41 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 @command
 def reproduce(arguments: argparse.Namespace) -> int:
-    from jobs import reproduce, verdict
-    from jobs.repository import Repository
+    from jobs import recorded, reproduce, verdict
     from jobs.screen import Screen
 
-    state, directory = _state(arguments)
-    repository = Repository(_root(arguments))
+    clone = _clone(arguments)
     screen = Screen(sys.stderr if arguments.json else sys.stdout)
     if arguments.all_keeps:
-        named = [arguments.experiment] if arguments.experiment else list(state.branches)
-        if unknown := set(named) - set(state.branches):
+        branches = clone.state.branches
+        named = [arguments.experiment] if arguments.experiment else list(branches)
+        if unknown := set(named) - set(branches):
             raise UserError(f"--all-keeps takes a branch: {unknown.pop()!r} is none")
-        records = [record for branch in named for record in state.chain(branch)]
+        records = [record for branch in named for record in clone.state.chain(branch)]
     elif arguments.experiment:
-        records = [reproduce.find(state, repository, arguments.experiment)]
+        records = [recorded.find(clone, arguments.experiment)]
     else:
         raise UserError("name an experiment, a commit or a branch, or say --all-keeps")
     asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
     wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
-    here = _config(arguments) if arguments.config.exists() else None
     told = []
     for record in records:
-        where = (state, repository, directory, here)
-        told.append(reproduce.run(*where, record, wish, screen.show))
+        told.append(reproduce.run(clone, record, wish, screen.show))
         if not arguments.json:
-            screen.say(reproduce.text(state, told[-1]))
+            screen.say(reproduce.text(clone.state, told[-1]))
     if arguments.json:
         print(json.dumps(told, indent=1))
     found = {verdict.EXIT[one["verdict"]] for one in told}
     return 1 if 1 in found else max(found, default=0)
+
+
+def _clone(arguments: argparse.Namespace) -> Any:
+    from jobs.recorded import Clone
+    from jobs.repository import Repository
+
+    state, directory = _state(arguments)
+    here = _config(arguments) if arguments.config.exists() else None
+    return Clone(state, Repository(_root(arguments)), directory, here)
 
 
 def _numbers(settings: list[str]) -> dict[str, int | float]:
@@ -491,14 +497,12 @@ def _numbers(settings: list[str]) -> dict[str, int | float]:
 
 @command
 def bundle(arguments: argparse.Namespace) -> int:
-    from jobs import bundle, reproduce
-    from jobs.repository import Repository
+    from jobs import bundle, recorded
 
-    state, directory = _state(arguments)
-    repository = Repository(_root(arguments))
-    record = reproduce.find(state, repository, arguments.experiment)
-    target = arguments.to or Path(f"{state.campaign}-{record.id}")
-    print(f"{bundle.make(state, repository, directory, record, target)}/run.sh runs it")
+    clone = _clone(arguments)
+    record = recorded.find(clone, arguments.experiment)
+    target = arguments.to or Path(f"{clone.state.campaign}-{record.id}")
+    print(f"{bundle.make(clone, record, target)}/run.sh runs it")
     return 0
 
 

@@ -99,3 +99,13 @@ def _gap(old: Result, new: Result, known: Spread) -> str:
         gap = abs(new.metric - old.metric)
         return f"off by {gap:.3g}; {known.tolerance:.3g} is allowed, {known.words}"
     return f"it was {old.status} ({old.reason}), it is {new.status} ({new.reason})"
+
+
+def transfer(direction: str, new: Sequence[Result], first: Sequence[Result]) -> tuple[str, str]:
+    """(verdict, why): whether a gain over the baseline is there under other conditions, too."""
+    scores = [[r.metric for r in found if r.metric is not None] for found in (first, new)]
+    if not all(scores):
+        return INCOMPARABLE, "without a score of its baseline and of its own no gain is known"
+    before, after = map(statistics.fmean, scores)
+    gain = after - before if direction == "maximise" else before - after
+    return REPRODUCED if gain > 0 else DIFFERENT, f"gain over its baseline: {gain:+.6g}"
