@@ -338,6 +338,7 @@ class Controller:
             return
         why = f"{record.reason} ({self.journal.state.results(name)[-1].reason})"
         reason = f"its baseline {name} has no score: {why}"
+        self.say(f"{record.branch} is paused: {reason}")
         self.journal.record("branch_paused", branch=record.branch, reason=reason)
 
     def _require_a_branch(self) -> None:
