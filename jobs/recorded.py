@@ -1,4 +1,4 @@
-"""What a clone knows of an experiment: trailers of its commit, records, the settings it ran with."""
+"""What a clone knows of an experiment: its commit, its records, the settings it ran with."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from ended import autoresearch
 from toylab import Lab
 
 from containers import images, remote
-from jobs import container, verdict
+from jobs import container, process, submission, verdict
 from jobs import lab as labs
 from jobs.history import State
-from jobs.model import Result
+from jobs.model import Result, Submission
 from jobs.verdict import Spread
 
 
@@ -72,6 +72,27 @@ def test_changed_constants_run_with_the_baseline_beside(fresh: Path) -> None:
     assert autoresearch(fresh, "reproduce", "e0003", "--set", "Q=4")[0] == 2
 
 
+def test_what_infrastructure_kills_is_tried_again_and_then_not_comparable(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(submission.LocalExecutor):
+        """Its first runs die without a word."""
+
+        left = 1
+
+        def submit(self, run, name, run_dir, *rest):
+            if Dying.left:
+                Dying.left -= 1
+                return Submission(run.id, "local", f"1@0@{process.boot_id()}")
+            return super().submit(run, name, run_dir, *rest)
+
+    monkeypatch.setattr(submission, "executor", Dying)
+    assert autoresearch(fresh, "reproduce", "e0002")[0] == 0
+    Dying.left = 9
+    status, said = autoresearch(fresh, "reproduce", "e0002")
+    assert (status, "not comparable: infrastructure ended it" in said) == (4, True), said
+
+
 # -- what is not an experiment, not here, not unique -----------------------------------------------
 
 
@@ -124,6 +145,11 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
     assert autoresearch(folder, "fetch", "origin")[0] == 0
     status, said = autoresearch(folder, "reproduce", "e0002")
     assert (status, "reproduced: identical" in said) == (0, True), said
+
+    status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "4096", "--json")
+    (told,) = json.loads(said[said.index("[") :])
+    assert (status, told["changed"], told["verdict"]) == (0, ["budget 4096.0"], "reproduced")
+    assert told["baseline"][0]["metric"] > told["runs"][0]["metric"]
 
     data = tmp_path / "data"
     shutil.copytree(ended.runs.data_folder(), data)
