@@ -40,7 +40,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(name, *arguments):
     """A libc function that returns -1 on failure. Raises OSError naming it."""
-    plain = [a.encode() if isinstance(a, str) else a for a in arguments]
+    plain = [os.fsencode(a) if isinstance(a, str) else a for a in arguments]
     if getattr(libc, name)(*plain) == -1:
         code = ctypes.get_errno()
         said = " ".join(str(a) for a in arguments if isinstance(a, str))

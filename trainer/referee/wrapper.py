@@ -208,6 +208,7 @@ class Run:
         contained, walled = self.isolation == "apptainer", self.isolation == "namespaces"
         view = sandbox.View.of(roles, walled or contained)
         env = sandbox.environment(view, self.trainer, task.threads, task.device, os.environ)
+        env["AUTORESEARCH_SEED"] = str(task.seed)  # a general task's; ours comes from the referee
         argv = [self.python if word == "python" else word for word in command[:1]]
         argv += command[1:]
         if contained:
