@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -69,11 +70,11 @@ def undecided(state: State) -> Iterator[str]:
             yield name
 
 
-def in_flight(state: State, branch: str | None = None) -> int:
-    """Experiments without a decision and proposals without an answer."""
-    experiments = [n for n in state.in_flight if branch in (None, state.record(n).branch)]
-    requests = [r for r in state.requests.values() if branch in (None, r.branch)]
-    return len(experiments) + len(requests)
+def in_flight(state: State) -> Counter[str]:
+    """Experiments without a decision and proposals without an answer, by branch."""
+    found = Counter(state.record(name).branch for name in state.in_flight)
+    found.update(request.branch for request in state.requests.values())
+    return found
 
 
 def openings(state: State, config: Config, mute: Collection[str] = frozenset()) -> Iterator[str]:
@@ -82,12 +83,13 @@ def openings(state: State, config: Config, mute: Collection[str] = frozenset()) 
     Args:
         mute: branches that nobody can propose for; their turn goes to the others.
     """
-    room = config.executor.slots - in_flight(state)
+    busy = in_flight(state)
+    room = config.executor.slots - busy.total()
     asked = len(state.records) + len(state.requests)
     if config.limits.experiments is not None:
         room = min(room, config.limits.experiments - asked)
     free = {
-        b.name: slots(b, config) - in_flight(state, b.name)
+        b.name: slots(b, config) - busy[b.name]
         for b in state.branches.values()
         if b.active and b.head is not None and b.name not in mute
     }
