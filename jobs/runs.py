@@ -143,6 +143,8 @@ class Runs:
         return ended + [(r, outcome.lost(r.run, why, JobState("absent"))) for r, why in opened]
 
     def _read(self, run: OpenRun) -> Result | None:
+        if not os.path.exists(f"{self._site.campaign_dir}/runs/{run.folder}/result.json"):
+            return None  # asked for every run at every look: no Path is made for that
         result = outcome.read(self.folder(run), run.run)
         wanted = _place(self._journal.state, run).get("gpu")
         if result is None or result.gpu is None or (wanted or "").lower() in result.gpu.lower():
