@@ -57,7 +57,7 @@ def edits(text: str, scale: str) -> dict[str, str]:
         "GELU for squared ReLU": rewritten(
             "self.output(F.relu(self.hidden(x)).square())", "self.output(F.gelu(self.hidden(x)))"
         ),
-        "values scaled by a parameter": rewritten(
+        "values scaled down": rewritten(
             "y = self.attend(q, k, v, self.window)", "y = self.attend(q, k, 0.9 * v, self.window)"
         ),
         "one layer more": constants.replace(text, {"depth": int(values["depth"]) + 1}, scale),
