@@ -15,6 +15,7 @@ from jobs.history import State
 from jobs.repository import Repository
 
 EXPERIMENTS = 12  # beside the baseline
+TOKENS = 200 * 2048  # half the scale's budget: the whole demonstration in a quarter of an hour
 FACTOR = 3.0
 # What the sweep moves: rates and schedule, since other sizes would not fit the time of a demo.
 SWEPT = ["embedding_rate", "head_rate", "scalar_rate", "matrix_rate", "weight_decay", "warmdown"]
@@ -120,6 +121,7 @@ def _settle(folder: Path, detuned: bool, experiments: int) -> None:
     """campaign.yaml of the demonstration; detuned: the lab's program made worse in a commit."""
     settings = {
         "campaign": "demo",
+        "budget": {"tokens": TOKENS},
         "agent": {"kind": "sweep", "constants": SWEPT},
         "limits": {"experiments": experiments + 1},
         "confirm": {"runs": 3},
