@@ -35,11 +35,13 @@ def cpu_s() -> float:
 
 
 class Numbers:
-    """A researcher that sets the first line of a program of 700 lines to a number of its own."""
+    """A researcher that sets a line of a program of 700 lines to a number of its own."""
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal:
         path, text = next(iter(context.files.items()))
-        text = f"value = {context.number}  # {branch}\n" + text.partition("\n")[2]
+        lines, place = text.splitlines(keepends=True), context.number * 9 % 700
+        lines[place] = f"value_{place} = {context.number + 0.5}  # {branch}\n"
+        text = "".join(lines)
         return Proposal(branch, context.base, {path: text}, f"try {context.number}", "numbers")
 
 
@@ -90,7 +92,8 @@ def measure(root: Path, branches: int, experiments: int) -> dict[str, Any]:
         controller = Controller(
             opened, Instant(), lambda name: Numbers(), lambda name: None, lambda line: None
         )
-        controller.run()
+        reason = controller.run()
+        assert "experiments done" in reason, reason
         opened.repository.close()  # its cat-file processes are counted from now on
     state = controller.journal.state
     each = (cpu_s() - before) / len(state.records) * 1000

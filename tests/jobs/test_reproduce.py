@@ -83,7 +83,7 @@ def test_what_infrastructure_kills_is_tried_again_and_then_not_comparable(
         def submit(self, run, name, run_dir, *rest):
             if Dying.left:
                 Dying.left -= 1
-                return Submission(run.id, "local", f"1@0@{process.boot_id()}")
+                return Submission(run.id, "local", f"4194305@0@{process.boot_id()}")
             return super().submit(run, name, run_dir, *rest)
 
     monkeypatch.setattr(submission, "executor", Dying)
