@@ -149,14 +149,23 @@ def test_a_night_as_a_job_goes_on_across_its_requeue_and_an_outage(lab, home):
     wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # not the two minutes' hold-off
     wait_for(lambda: decided() >= 50, 120, "for the second life")
+    slurm("scontrol", "requeue", job)  # as an administrator may at any moment
+    wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
+    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
+    wait_for(lambda: decided() >= 70, 120, "for the third life")
     os.kill(int(Path("/run/autoresearch-cluster/pid/slurmctld").read_text()), signal.SIGTERM)
     time.sleep(30)
     switch(accounting=False)
     wait_for(lambda: not slurm("squeue", "-h", "-j", job).strip(), 300, "for the end")
     log = (night.root / f"autoresearch-{job}.log").read_text()
     assert "requeued" in log
-    assert "start 1" in log
+    assert "start 2" in log
     assert decided() == 8 * 14, log
+    lost = [e["result"] for e in night.events("run_ended") if e["result"]["status"] != "ok"]
+    assert len(lost) <= 8, (
+        "only steps that were just being started may be lost, by the second requeue"
+    )
+    assert all(event["result"]["run"].endswith(("a1", "a2")) for event in night.events("run_ended"))
     night.check_books()
 
 
