@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping
@@ -14,11 +15,15 @@ import yaml
 from ended import autoresearch
 from toylab import GIT, Lab, change, check_books
 
-from jobs import submission
+from agent import brief
+from agent.researcher import Context
+from jobs import process, submission
 from jobs.config import Executor
 from jobs.errors import ConfigError, UserError
+from jobs.evidence import Evidence
 from jobs.history import fold
 from jobs.model import Run, Submission
+from jobs.repository import Repository
 from jobs.submission import LocalExecutor
 from slurm import script
 
@@ -83,6 +88,30 @@ def test_a_place_that_does_not_exist_pauses_its_branch_alone(
     assert lost.paused is not None
     assert "has no score" in lost.paused
     assert lab.state.branch("main").best_metric == 9.0
+
+
+def test_a_run_on_another_gpu_model_does_not_count(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lent(LocalExecutor):
+        """Runs end at once, on the GPU that there is."""
+
+        def submit(self, run: Run, name: str, run_dir: Path, *rest: Any) -> Submission:
+            told = {"protocol": 1, "status": "ok", "reason": "done", "value": 1.0, "node": "n1"}
+            told |= {"gpu": "NVIDIA A100-SXM4-40GB", "facts": {"run": run.id}}
+            (run_dir / "result.json").write_text(json.dumps(told))
+            return Submission(run.id, "local", f"4194305@0@{process.boot_id()}", "n1")
+
+    monkeypatch.setattr(submission, "executor", Lent)
+    branches = {"wrong": {"gpu": "h100"}, "right": {"gpu": "a100"}, "any": {}}
+    lab = make_lab(branches=branches, limits={"experiments": 3})
+    lab.run()
+    state = lab.state
+    assert [state.branch(name).best_metric for name in branches] == [None, 1.0, 1.0]
+    wrong = next(iter(state.experiments("wrong")))
+    reason = "it ran on NVIDIA A100-SXM4-40GB, its branch wants h100"
+    assert {result.reason for result in state.results(wrong.id)} == {reason}
+    assert wrong.verdict == "parked"
 
 
 def test_a_job_has_its_branchs_node_feature_and_gpu() -> None:
@@ -190,6 +219,19 @@ def test_a_retired_branch_that_is_resumed_goes_on(make_lab: MakeLab) -> None:
     lab.run()
     assert lab.state.branch("main").retired is None
     assert lab.state.branch("main").kept == 2
+
+
+def test_a_researcher_sees_what_the_keeps_of_other_branches_changed(make_lab: MakeLab) -> None:
+    lab = make_lab(executor={"slots": 2}, limits={"experiments": 3})
+    lab.scripts(one=[change(X=1)], two=[])
+    lab.run()
+    repository = Repository(lab.root)
+    records = Evidence(lab.state, repository, lab.folder / "runs", ("solution.py",))
+    context = Context("0" * 40, {}, "", "cpu", 0, 1, records=records)
+    told = brief.digest(lab.state, "two", context)
+    assert "one: best 9.00000, 2 kept" in told
+    assert "\n-X = 2.0\n+X = 1\n" in told
+    assert "+X = 1" not in brief.digest(lab.state, "one", context)
 
 
 # -- to other clones ------------------------------------------------------------------------------
