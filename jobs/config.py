@@ -357,7 +357,8 @@ def _yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(
-            f"{path} could not be read: {error.strerror}. `autoresearch init` writes one"
+            f"{path} could not be read: {error.strerror}. `autoresearch init` writes one; in a "
+            "clone without one, --campaign NAME says which campaign is meant"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
