@@ -421,12 +421,13 @@ def compare(arguments: argparse.Namespace) -> int:
 
 @command
 def push(arguments: argparse.Namespace) -> int:
-    from jobs import lease, mirror, report
+    from jobs import campaign, lease, mirror, report
     from jobs.repository import Repository
 
     repository, config = Repository(_root(arguments)), _config(arguments)
     ledger, holder = _directory(arguments) / "ledger.jsonl", lease.holder(_directory(arguments))
     if ledger.exists() and (holder is None or holder.gone(config.lease.stale_after)):
+        campaign.restore(config, _root(arguments))  # else records that are newer would be lost
         report.mirror_notes(repository, _state(arguments)[0])
         mirror.save_ledger(repository, config.campaign, ledger)
     mirror.push(repository, arguments.remote, config.campaign)

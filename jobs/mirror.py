@@ -141,8 +141,10 @@ def restore(repository: Repository, campaign: str, folder: Path) -> bool:
     """Bring the ledger in a campaign's folder up to the one kept in git; whether that was needed.
 
     Raises:
-        UserError: nothing is kept, or the campaign went on both here and elsewhere.
+        UserError: the campaign went on both here and elsewhere.
     """
+    if repository.objects.resolve(records_ref(campaign)) is None:
+        return False
     kept, path = load_ledger(repository, campaign), folder / "ledger.jsonl"
     old = path.read_bytes() if path.exists() else b""
     if old.startswith(kept):
