@@ -15,6 +15,7 @@ from jobs.errors import UserError
 from jobs.model import Run, to_json
 from jobs.recorded import INSTALL, Clone, Original, original, require
 from jobs.records import Record
+from jobs.text import one_line
 
 HERE, DATA, OUT = "/bundle", "/data", "/out"  # where a container sees the folders
 
@@ -159,7 +160,7 @@ def _script(one: Original, nanochat: bool, records: Mapping[str, bytes], data: A
     parts = [HEAD.format(told=told)]
     if nanochat:
         folder = data.folder or str(lab.default_data(data.corpus, data.scale))
-        made = f"--corpus {data.corpus} --scale {data.scale}"
+        made = one_line(f"--corpus {data.corpus} --scale {data.scale}")
         parts.append(CHECK_DATA.format(data=shlex.quote(folder), made=made))
     if sha256 is None:
         parts.append(PLAIN.format(data="$data" if nanochat else ""))
