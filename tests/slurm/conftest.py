@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import CLUSTER, USER, Controller, slurm, switch, wait_for
+from rig import CLUSTER, USER, Controller, jobs_below, slurm, switch, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +26,11 @@ def cluster() -> Iterator[None]:
         pwd.getpwnam(USER)
     except KeyError:
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True)
-    switch(accounting=False)
-    yield
-    slurm("scancel", "--user", USER)
-    switch(accounting=False)
+    with open("/run/autoresearch-cluster/tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time: they switch and break things
+        switch(accounting=False)
+        yield
+        switch(accounting=False)
 
 
 @pytest.fixture
@@ -41,10 +43,12 @@ def accounting(cluster: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_jobs_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Takes `home` first, so that it is still there."""
+    home = request.getfixturevalue("home") if "cluster" in request.fixturenames else None
     yield
-    if "cluster" in request.fixturenames:
-        slurm("scancel", "--user", USER, check=False)
-        wait_for(lambda: slurm("squeue", "-h", "-u", USER).strip() == "", 150, "for jobs to end")
+    if home and (left := jobs_below(home)):
+        slurm("scancel", *left, check=False)
+        wait_for(lambda: not jobs_below(home), 150, "for jobs to end")
 
 
 @pytest.fixture

@@ -44,6 +44,12 @@ def slurm(*argv: str, check: bool = True) -> str:
     return done.stdout
 
 
+def jobs_below(folder: Path) -> list[str]:
+    """Ids of the jobs that were submitted from `folder`: others may use the cluster, too."""
+    lines = slurm("squeue", "-h", "-u", USER, "-o", "%i %Z").splitlines()
+    return [line.split()[0] for line in lines if str(folder) in line]
+
+
 def switch(accounting: bool) -> None:
     argv = [*CLUSTER, "up", *(["--accounting"] if accounting else [])]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)

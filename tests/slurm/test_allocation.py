@@ -20,7 +20,7 @@ ONE_NODE = {"nodes": 1, "slots": 2, "hold_hours": 0.5}
 def holders() -> list[list[str]]:
     """[id, state] of the jobs that hold nodes, oldest first."""
     lines = slurm("squeue", "-h", "-u", USER, "-o", "%i %T %j", "-S", "i").splitlines()
-    return [line.split()[:2] for line in lines if " hold-" in line]
+    return [line.split()[:2] for line in lines if " hold-night-" in line]
 
 
 def sruns(run: str) -> list[int]:

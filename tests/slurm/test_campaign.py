@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import HERE, ROOT, USER, environment, interpreter, slurm, switch, wait_for
+from rig import HERE, ROOT, USER, environment, interpreter, jobs_below, slurm, switch, wait_for
 
 sys.path.insert(0, str(ROOT / "tests" / "jobs"))
 import toylab
@@ -177,10 +177,10 @@ def test_a_run_that_is_cancelled_from_outside_is_tried_again(lab, kind):
     wait_for(lambda: (folder / "claim.json").exists(), 60, "for the second experiment")
     time.sleep(2)
     if kind == "slurm":
-        slurm("scancel", slurm("squeue", "-h", "-u", USER, "-o", "%i").strip())
+        slurm("scancel", *jobs_below(night.root))
     else:
         steps = slurm("squeue", "--steps", "-h", "-u", USER, "-o", "%i %j").splitlines()
-        slurm("scancel", next(line.split()[0] for line in steps if "e0002" in line))
+        slurm("scancel", next(s.split()[0] for s in steps if f"{night.name}-e0002" in s))
     if kind == "slurm":  # SIGTERM first; a step is killed at once
         cancelled = time.monotonic()
         wait_for(lambda: (folder / "result.json").exists(), 30, "for the payload's own account")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import ROOT, USER, count_calls, slurm, switch, wait_for
+from rig import ROOT, USER, count_calls, jobs_below, slurm, switch, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -248,7 +248,7 @@ def test_what_waits_for_slurm_survives_a_kill(controller, no_controller):
     wait_for(lambda: night("survey") is not None and night.finished(RUN), 60, "for the run")
 
 
-def test_wrong_settings_are_told_in_slurms_words_with_the_settings_name(controller):
+def test_wrong_settings_are_told_in_slurms_words_with_the_settings_name(controller, home):
     cases = {
         "partition": ({"partition": "nowhere"}, "Invalid partition name"),
         "constraint": ({"constraint": "moon"}, "Invalid feature"),
@@ -261,7 +261,7 @@ def test_wrong_settings_are_told_in_slurms_words_with_the_settings_name(controll
         assert answer["error"] == "UserError", answer
         assert words in answer["words"]
         assert f"executor.{setting}" in answer["words"] or setting in answer["words"]
-    assert slurm("squeue", "-h", "-u", USER).strip() == "", "nothing may be half started"
+    assert not jobs_below(home), "nothing may be half started"
 
 
 def test_time_over_the_partitions_limit_waits_for_ever_and_says_so(controller):
