@@ -2,9 +2,9 @@
 
 Run as a plain script by a bare interpreter, in the program's own scrubbed environment, with a plan
 (see sandbox.py; marshalled, since the json module takes 8 ms to import) on its standard input.
-What happens goes to the plan's status descriptor, one line each: "started", then "exit CODE" or
-"signal NUMBER"; or "failed WORDS" (the walls could not be built, nothing ran) or "missing WORDS"
-(the command could not be started).
+What happens goes to the plan's status descriptor, a line each: "started", then "peak KIB" (of the
+largest process) and "exit CODE" or "signal NUMBER"; or "failed WORDS" (the walls could not be
+built, nothing ran) or "missing WORDS" (the command could not be started).
 
 With walls it is the parent of the init of new user, mount, PID, network and IPC namespaces: when
 that init ends, the kernel ends everything inside, fork bombs and daemons included. Without, it is
@@ -166,13 +166,15 @@ def start_program(plan, report):
 
 
 def reap_until(pid):
-    """Wait for `pid`, reaping orphans meanwhile; how it ended, in the words of the status."""
+    """Wait for `pid`, reaping orphans meanwhile; how it ended, in lines of the status."""
+    peak = 0
     while True:
-        ended, status = os.wait()
+        ended, status, usage = os.wait4(-1, 0)
+        peak = max(peak, usage.ru_maxrss)  # what came and went between two looks from outside
         if ended == pid:
-            if os.WIFSIGNALED(status):
-                return f"signal {os.WTERMSIG(status)}"
-            return f"exit {os.WEXITSTATUS(status)}"
+            killed = os.WIFSIGNALED(status)
+            how = f"signal {os.WTERMSIG(status)}" if killed else f"exit {os.WEXITSTATUS(status)}"
+            return f"peak {peak}", how
 
 
 def run_walled(plan, report):
@@ -198,7 +200,7 @@ def run_walled(plan, report):
         except OSError as error:
             report(f"failed {error}")
             os._exit(1)
-        report(reap_until(start_program(plan, report)))
+        report(*reap_until(start_program(plan, report)))
         os._exit(0)
 
     # An init is reaped only when all of its namespace is: whoever waits for this process knows.
@@ -222,7 +224,7 @@ def run_open(plan, report):
 
     signal.signal(signal.SIGTERM, end)
     die_with_parent(plan["parent"], signal.SIGTERM)
-    report(reap_until(pid))
+    report(*reap_until(pid))
     kill_descendants(pid)
 
 
@@ -269,8 +271,8 @@ def main():
     die_with_parent(plan["parent"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def report(words):
-        os.write(status, (words.replace("\n", " ") + "\n").encode())
+    def report(*lines):
+        os.write(status, "".join(line.replace("\n", " ") + "\n" for line in lines).encode())
 
     (run_walled if plan["walls"] else run_open)(plan, report)
 

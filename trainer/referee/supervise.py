@@ -103,6 +103,7 @@ class Command:
         os.set_blocking(self.status, False)
         self._walled = plan["walls"]
         self.cpu_s = 0.0
+        self.peak_mb = 0.0  # of its largest process
         self._heard = b""
 
     def hear(self) -> dict[str, str]:
@@ -110,7 +111,9 @@ class Command:
         with contextlib.suppress(BlockingIOError):
             self._heard += os.read(self.status, 4096)
         lines = self._heard.decode("utf-8", "replace").split("\n")[:-1]
-        return {word: rest for word, _, rest in (line.partition(" ") for line in lines)}
+        heard = {word: rest for word, _, rest in (line.partition(" ") for line in lines)}
+        self.peak_mb = int(heard.get("peak", 0)) / (2**20 if sys.platform == "darwin" else 2**10)
+        return heard
 
     def ended(self) -> bool:
         """Whether the launcher is gone, and with it everything it started."""
@@ -194,7 +197,7 @@ def supervise(
         "exec_seconds": exec_seconds,
         "program_seconds": round(time.monotonic() - begun, 6),
         "program_cpu_seconds": round(command.cpu_s, 4),
-        "peak_memory_mb": round(watch.peak_mb, 1),
+        "peak_memory_mb": round(max(watch.peak_mb, command.peak_mb), 1),
         "peak_processes": watch.peak_processes,
         "log_bytes": sum(one.size for one in logs.values()),
     }
