@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo demo-detuned test test-cluster proof lint cluster cluster-down clean
+.PHONY: help demo demo-detuned test test-cluster proof proof-cluster lint cluster cluster-down clean
 
 help:
 	@echo "make demo           a real campaign of 12 experiments on this machine (no GPU, no key)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-cluster   the tests on that cluster"
 	@echo "make cluster-down   ends what make cluster started"
 	@echo "make proof          the heavy figures; rewrites tests/bench/RESULTS.md"
+	@echo "make proof-cluster  the long nights on that cluster"
 
 demo: $(INSTALLED)
 	$(BIN)/autoresearch demo
@@ -38,11 +39,14 @@ cluster-down:
 	bash slurm/cluster.sh down
 
 test-cluster: $(INSTALLED) cluster
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m "cluster and not proof"
 
 proof: $(INSTALLED)
-	$(BIN)/python -m pytest -m proof
+	$(BIN)/python -m pytest -m "proof and not cluster"
 	$(BIN)/python tests/bench/all.py
+
+proof-cluster: $(INSTALLED) cluster
+	$(BIN)/python -m pytest -m "proof and cluster"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -35,10 +35,13 @@ class Lab(toylab.Lab):
         scripts = settings.pop("scripts", {})
         super().__init__(root, *edits, executor=executor, **settings)
         self.scripts(**scripts) if scripts else None
-        user = pwd.getpwnam(USER)
-        for path in [root, *root.rglob("*")]:
-            os.chown(path, user.pw_uid, user.pw_gid)
+        self.hand_over()
         self.env = environment(root)
+
+    def hand_over(self) -> None:
+        user = pwd.getpwnam(USER)
+        for path in [self.root, *self.root.rglob("*")]:
+            os.chown(path, user.pw_uid, user.pw_gid)
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         user = pwd.getpwnam(USER)
@@ -130,9 +133,13 @@ def test_a_controller_killed_around_a_submission_loses_and_doubles_nothing(lab, 
 
 
 def test_a_night_as_a_job_goes_on_across_its_requeue_and_an_outage(lab, home):
-    """A hundred experiments unattended: handed over to the next life of the same job, half a minute
-    without slurmctld."""
     night = lab("allocation", scripts=branches(8, 13, nap=1.0), executor={"margin": 120.0})
+    as_a_job_through_requeues_and_an_outage(night, home, patience_s=120)
+
+
+def as_a_job_through_requeues_and_an_outage(night: Lab, home: Path, patience_s: float) -> None:
+    """A hundred experiments unattended: handed over to the next life of the same job, requeued by
+    somebody else, half a minute without slurmctld."""
     shim = home / "bin" / "autoresearch"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec {interpreter()} -m jobs.cli "$@"\n')
@@ -144,19 +151,23 @@ def test_a_night_as_a_job_goes_on_across_its_requeue_and_an_outage(lab, home):
     def decided() -> int:
         return len(night.events("decided")) if (night.folder / "ledger.jsonl").exists() else 0
 
-    wait_for(lambda: decided() >= 20, 120, "for the first twenty")
+    def started_again() -> None:
+        wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
+        # not the two minutes' hold-off
+        slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    wait_for(lambda: decided() >= 20, 2 * patience_s, "for the first twenty")
     slurm("scancel", "--signal=USR1", "--batch", job)  # as Slurm does ahead of the time limit
-    wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
-    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # not the two minutes' hold-off
-    wait_for(lambda: decided() >= 50, 120, "for the second life")
+    started_again()
+    wait_for(lambda: decided() >= 50, patience_s, "for the second life")
     slurm("scontrol", "requeue", job)  # as an administrator may at any moment
-    wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
-    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
-    wait_for(lambda: decided() >= 70, 120, "for the third life")
+    started_again()
+    wait_for(lambda: decided() >= 70, patience_s, "for the third life")
     os.kill(int(Path("/run/autoresearch-cluster/pid/slurmctld").read_text()), signal.SIGTERM)
     time.sleep(30)
     switch(accounting=False)
-    wait_for(lambda: not slurm("squeue", "-h", "-j", job).strip(), 300, "for the end")
+    ended = lambda: not slurm("squeue", "-h", "-j", job).strip()  # noqa: E731
+    wait_for(ended, 2.5 * patience_s, "for the end")
     log = (night.root / f"autoresearch-{job}.log").read_text()
     assert "requeued" in log
     assert "start 2" in log

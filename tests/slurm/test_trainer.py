@@ -1,0 +1,104 @@
+"""Nights of the shipped trainer on the test cluster: each run a job or step, each in its image.
+
+Every run trains for 50 optimiser steps and more, and must end far below the untrained model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import ROOT, interpreter
+from test_campaign import Lab, as_a_job_through_requeues_and_an_outage
+
+sys.path.append(str(ROOT / "tests" / "containers"))
+import accounts
+
+from containers.images import Image
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(5400)]
+STEPS = 60
+UNTRAINED = 3.0  # bits per byte of a model that has learned nothing, and less
+MOVED = ["matrix_rate", "embedding_rate", "head_rate", "weight_decay", "warmdown"]
+
+
+class TrainerLab(Lab):
+    """The user's lab of nanochat's task, in the CPU image, with a budget of a few seconds."""
+
+    def __init__(self, root: Path, kind: str, image: Image, branches: int, each: int) -> None:
+        super().__init__(root, kind)
+        for name in ("train.py", "prepare.py"):
+            self.write(f"trainer/{name}", (ROOT / "trainer" / name).read_text())
+        self.git("add", "trainer")
+        self.git("commit", "--quiet", "--message", "the trainer")
+        agent = {"kind": "sweep", "constants": MOVED}
+        names = [f"b{n}" for n in range(1, branches + 1)]
+        self.settings.pop("task")
+        self.configure(
+            budget={"tokens": STEPS * 2048},
+            agent=agent,
+            branches={name: {"program": "program.md"} for name in names},
+            executor={
+                **self.settings["executor"],
+                "image": image.sha256,
+                "threads": 1,
+                "memory": "900M",
+            },
+            limits={"experiments": branches * (each + 1)},
+        )
+        self.hand_over()
+        self.env["AUTORESEARCH_IMAGES"] = str(Path(image.path).parent)
+        self.call_as_user([interpreter(), "-m", "jobs.cli", "prepare"])
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).parent.mkdir(exist_ok=True)
+        super().write(name, text)
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    return accounts.cpu_image()
+
+
+@pytest.fixture
+def lab(cluster: None, home: Path, image: Image) -> Callable[..., TrainerLab]:
+    def make(kind: str, **size: int) -> TrainerLab:
+        return TrainerLab(home / f"lab-{kind}", kind, image, **size)
+
+    return make
+
+
+def check(night: TrainerLab, experiments: int) -> list[dict[str, Any]]:
+    """Whole books, and results of real training in containers. The results that are ok."""
+    night.check_books()
+    assert len(night.events("decided")) == experiments
+    good = [result for result in night.results() if result["status"] == "ok"]
+    assert len(good) >= 0.9 * experiments
+    for result in good:
+        assert result["isolation"] == "apptainer"
+        assert result["steps"] >= 50
+        assert result["value"] < UNTRAINED - 0.5
+    return good
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_sixteen_trainings_in_eight_places_at_once(lab, kind):
+    night = lab(kind, branches=8, each=1)
+    process = night.start()
+    said, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, said
+    good = check(night, 16)
+    assert len({(result["node"], result["device"]) for result in good}) == 8
+    for name in ("queue", "startup", "training", "scoring"):
+        print(kind, name, statistics.median(result[f"{name}_seconds"] or 0 for result in good))
+
+
+@pytest.mark.proof
+def test_a_night_of_trainings_as_a_job_through_requeues_and_an_outage(lab, home):
+    night = lab("allocation", branches=8, each=13)
+    as_a_job_through_requeues_and_an_outage(night, home, patience_s=1200)
+    check(night, 8 * 14)
