@@ -123,7 +123,7 @@ CONSTANTS = {
         "head_width": 64,
         "mlp_factor": 4,
         "window_pattern": "SSSL",
-        "short_window": 0.5,
+        "short_window": 0.004,  # one token back: two layers learn to copy soonest from pairs
         "rotary_base": 10_000,
         "value_gate_channels": 32,
         "logit_cap": 15.0,
@@ -143,7 +143,7 @@ CONSTANTS = {
         "adam_eps": 1e-10,
         "matrix_rate": 0.04,
         "momentum_start": 0.85,
-        "momentum_end": 0.95,
+        "momentum_end": 0.9,
         "momentum_steps": 300,
         "muon_beta2": 0.95,
         "weight_decay": 0.1,
