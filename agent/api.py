@@ -14,7 +14,7 @@ import anthropic
 import httpx2
 
 from agent import keys, money
-from agent.researcher import after
+from agent.researcher import Context, after
 from jobs.model import Usage
 
 LONGEST_WAIT_S = 60.0  # between two tries, whatever Retry-After says
@@ -111,27 +111,28 @@ class Model:
     def ask(
         self,
         request: Mapping[str, Any],
-        spend: Callable[[Usage, str], None],
-        stop: threading.Event,
+        spend: Callable[[Usage], None],
+        context: Context,
         deadline: float,
     ) -> Reply:
         """A complete reply to `request`, through passing trouble.
 
         Args:
-            spend: told of the cost of each try, and before each sleep what is waited for.
-            stop: set: gives up within a second.
+            spend: told of the cost of each try.
+            context: told before each sleep what is waited for; gives up within a second of its
+                stop.
             deadline: of the whole proposal, on the monotonic clock.
 
         Raises:
             Stopped: the outage outlasted `outage_patience`, or a person is needed, or `stop`.
         """
-        attempt = 0
+        attempt, stop = 0, context.stop
         while True:
             began = time.monotonic()
             if began > deadline:
                 raise Stopped("the proposal took longer than agent.deadline", after(1))
             outcome, spent = self._once(request, stop, deadline)
-            spend(spent, "")
+            spend(spent)
             if isinstance(outcome, Reply):
                 self._failing_since = None
                 return outcome
@@ -141,7 +142,7 @@ class Model:
                 self._client = None  # a new key is read at the next try
                 raise Stopped(outcome.reason, after(PERSON_S))
             wait = self._wait(outcome, attempt, began)
-            spend(Usage(), f"waiting {wait:.0f} s: {outcome.reason}")
+            context.say(f"waiting {wait:.0f} s: {outcome.reason}")
             if stop.wait(wait):
                 raise Stopped("stopping", None)
             attempt += 1

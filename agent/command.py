@@ -77,7 +77,6 @@ class Command:
                 for _ in range(1 + REFUSALS):
                     done = self._run(folder, prompt, deadline, context)
                     spent = add_usage(spent, done.usage)
-                    context.report(spent, "")
                     files = _taken_back(folder, context)
                     trespasses += _changed(folder, originals)
                     refused = done.trouble or edit.refusal(edit.of(context, files or context.files))

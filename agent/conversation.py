@@ -147,9 +147,9 @@ class _Conversation:
             **parts,
         }
         self._afford(request)
-        reply = self._model.ask(request, self._spend, self._context.stop, self._deadline)
+        reply = self._model.ask(request, self._spend, self._context, self._deadline)
         if not reply.usage.cache_write_tokens and not reply.usage.cache_read_tokens:
-            self._context.report(self.spent, "the API cached nothing: is the prefix too short?")
+            self._context.say("the API cached nothing: is the prefix too short?")
         return reply.message
 
     def _afford(self, request: Mapping[str, Any]) -> None:
@@ -163,9 +163,8 @@ class _Conversation:
         if total.dollars > reserve.dollars or money.tokens(total) > money.tokens(reserve):
             raise Stopped("the conversation used up what was set aside for it", _soon())
 
-    def _spend(self, usage: Usage, doing: str) -> None:
+    def _spend(self, usage: Usage) -> None:
         self.spent = add_usage(self.spent, usage)
-        self._context.report(self.spent, doing)
 
     def _answer(self, message: Any, messages: list[dict[str, Any]]) -> None:
         """Does what a complete reply asks for, and appends both sides to the conversation."""

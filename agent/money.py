@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.researcher import after
@@ -54,7 +55,8 @@ def price(settings: Any) -> Price:
 
 def usage(price: Price, told: Any, *, output: int | None = None) -> Usage:
     """A reply's usage as the API `told` it. `output`: in its place, for a reply that broke off."""
-    return cost(
+    details = getattr(told, "output_tokens_details", None)
+    booked = cost(
         price,
         told.input_tokens or 0,
         told.output_tokens or 0 if output is None else max(output, told.output_tokens or 0),
@@ -62,6 +64,7 @@ def usage(price: Price, told: Any, *, output: int | None = None) -> Usage:
         told.cache_read_input_tokens or 0,
         estimated=output is not None,
     )
+    return replace(booked, thinking_tokens=details.thinking_tokens if details else 0)
 
 
 def cost(

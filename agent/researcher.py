@@ -53,8 +53,8 @@ class NoRecords:
         return ""
 
 
-def _say_nothing(usage: Usage, doing: str) -> None:
-    """The default of `Context.report`."""
+def _say_nothing(line: str) -> None:
+    """The default of `Context.say`."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ class Context:
     )  # edit.fingerprint -> experiment that was it
     records: Records = field(default_factory=NoRecords)
     stop: threading.Event = field(default_factory=threading.Event)  # set: return within 2 s
-    # Called on the researcher's own thread after each paid reply and before each sleep, with what
-    # this proposal has cost so far and what it does now: a kill in a sleep loses no money's record.
-    report: Callable[[Usage, str], None] = _say_nothing
+    say: Callable[[str], None] = _say_nothing  # what it waits for; on the researcher's own thread
 
 
 class Researcher(Protocol):

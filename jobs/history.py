@@ -179,6 +179,7 @@ def add_usage(one: Usage, other: Usage) -> Usage:
         one.cache_read_tokens + other.cache_read_tokens,
         one.dollars + other.dollars,
         one.estimated or other.estimated,
+        one.thinking_tokens + other.thinking_tokens,
     )
 
 

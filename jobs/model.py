@@ -33,6 +33,7 @@ class Usage:
     cache_read_tokens: int = 0
     dollars: float = 0.0
     estimated: bool = False  # a reply broke off: booked at its upper bound
+    thinking_tokens: int = 0  # those of the output that were thought
 
 
 @dataclass(frozen=True)

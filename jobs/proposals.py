@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,6 +62,7 @@ class Proposals:
         self._asked: dict[str, Asked] = {}  # by proposal id
         self._not_before: dict[str, datetime] = {}  # branch -> when its researcher is asked again
         self._exhausted: set[str] = set()  # branches whose researcher has nothing more to say
+        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()  # from the researchers' threads
         self._known = Known(site.campaign_dir / "programs.txt")
 
     def close(self) -> None:
@@ -171,6 +173,7 @@ class Proposals:
             records=evidence.Evidence(
                 state, self._repository, self._site.campaign_dir / "runs", config.task.editable
             ),
+            say=lambda line: self._heard.put(f"{branch}: {line}"),
             stop=self._stop,
         )
 
@@ -178,6 +181,8 @@ class Proposals:
 
     def take(self) -> None:
         """The answers that have come: experiments of proposals, a record of everything else."""
+        while not self._heard.empty():
+            self._say(self._heard.get())
         for request, asked in list(self._asked.items()):
             if not asked.future.done():
                 continue
@@ -207,6 +212,9 @@ class Proposals:
         present = self.files(asked.base)
         if all(present[path] == text for path, text in proposal.files.items()):
             return "it changes nothing"
+        mark = edit.fingerprint({**present, **proposal.files})
+        if other := self._known.experiments.get(mark):  # a neighbour had the same idea meanwhile
+            return f"it is the program of {other}"
         return None
 
     def _unavailable(self, request: str, branch: str, answer: Unavailable) -> None:

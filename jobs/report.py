@@ -123,6 +123,7 @@ def _cost(usage: Usage) -> dict[str, Any]:
         "dollars": usage.dollars,
         "input_tokens": tokens,
         "output_tokens": usage.output_tokens,
+        "thinking_tokens": usage.thinking_tokens,
         "estimated": usage.estimated,
     }
 

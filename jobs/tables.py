@@ -173,7 +173,10 @@ _FLOATS = ("metric", "best_before", "gain", "required", "dollars")
 _PEAKS = ("memory_mb", "gpu_memory_mb")
 _SECONDS = ("queue_s", "startup_s", "training_s", "scoring_s", "total_s")
 _COUNTS = ("lines_added", "lines_removed", "runs", "steps", "tokens", "params")
-_USAGE = ("input_tokens", "output_tokens", "cache_write_tokens", "cache_read_tokens")
+_USAGE = (
+    *("input_tokens", "output_tokens", "thinking_tokens", "cache_write_tokens"),
+    "cache_read_tokens",
+)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+THINKING = 7  # tokens of each reply
 MODEL = "claude-opus-5-5"
 PRICE = {"input": 4.0, "output": 20.0, "write": 8.0, "read": 0.2}  # dollars per million tokens
 KEY = "sk-ant-test-0123456789abcdef"
@@ -281,7 +282,8 @@ def _events(reply: Reply, call: Call, output: int) -> Iterator[tuple[str, dict[s
         last = index == len(reply.blocks) - 1
         yield from _block_events(index, block, cut=last and reply.stop == "max_tokens")
     delta = {"stop_reason": reply.stop, "stop_sequence": None}
-    end = {"type": "message_delta", "delta": delta, "usage": {"output_tokens": output}}
+    told = {"output_tokens": output, "output_tokens_details": {"thinking_tokens": THINKING}}
+    end = {"type": "message_delta", "delta": delta, "usage": told}
     yield "message_delta", end
     yield "message_stop", {"type": "message_stop"}
 

@@ -10,7 +10,7 @@ from typing import Any
 from agent import edit
 from agent.researcher import Context
 from jobs.history import fold
-from jobs.model import Decision, Experiment, Proposal, Usage, to_json
+from jobs.model import Decision, Experiment, Proposal, to_json
 
 PATH = "trainer/train.py"
 PROGRAM = '''\
@@ -86,7 +86,7 @@ class Tale:
     shelf: Shelf = field(default_factory=Shelf)
     known: dict[str, str] = field(default_factory=dict)
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
-    reports: list[tuple[Usage, str]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     program: str = "# Goal\n\nLower val_bpb.\n"
     source: str = PROGRAM
@@ -161,7 +161,7 @@ class Tale:
             "known": dict(self.known),
             "records": self.shelf,
             "stop": self.stop,
-            "report": lambda usage, doing: self.reports.append((usage, doing)),
+            "say": self.said.append,
         }
         return Context(**{**facts, **changes})
 

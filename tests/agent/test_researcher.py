@@ -123,9 +123,8 @@ def test_a_wait_is_reported_before_it_begins():
     tale = Tale()
     with Server(longer, lambda call: "529" if call == 0 else None) as server:
         ask(model(server, patience=20.0), tale)
-    waits = [doing for _, doing in tale.reports if doing]
-    assert len(waits) == 1
-    assert waits[0].startswith("waiting 0 s: the API is not available (529")
+    assert len(tale.said) == 1
+    assert tale.said[0].startswith("waiting 0 s: the API is not available (529")
 
 
 def test_no_key_is_told_without_a_call(monkeypatch):

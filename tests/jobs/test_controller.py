@@ -326,7 +326,7 @@ def test_what_a_branch_is_told_reaches_its_researcher(make_lab: MakeLab) -> None
     class Listener:
         def propose(self, state: Any, branch: str, context: Any) -> Any:
             seen.append(state.branch(branch).notes)
-            text = context.files["solution.py"].replace("X = ", "X = 1 + ")
+            text = context.files["solution.py"].replace("X = ", f"X = {len(seen)} + ")
             return Proposal(branch, context.base, {"solution.py": text}, "more", "listener")
 
     lab.run(when("e0001", lambda: lab.order("tell", branch="main", text="X!")), Listener())
@@ -519,6 +519,29 @@ def test_what_a_researcher_may_not_propose_is_refused_and_it_is_asked_again(
     check_books(lab)
 
 
+def test_of_two_slots_with_the_same_idea_one_is_refused(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposals, "AFTER_REFUSAL_S", 0.1)
+    lab = make_lab(
+        limits={"experiments": 3}, executor={"slots": 2}, branches={"main": {"slots": 2}}
+    )
+    both_asked = threading.Barrier(2)
+
+    def answer(context: Any) -> Proposal:
+        if not both_asked.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_asked.wait(timeout=5)
+        return edit({"solution.py": SOLUTION.replace("2.0", "1.0")})(context)
+
+    other = edit({"solution.py": SOLUTION.replace("2.0", "1.5")}, description="other")
+    lab.run(researcher=Player(answer, answer, other))
+    (refused,) = lab.events("proposal_failed")
+    assert "it is the program of e0002" in refused["unavailable"]["reason"]
+    assert lab.verdicts() == {"baseline": "keep", "edit": "keep", "other": "discard"}
+    check_books(lab)
+
+
 def test_what_a_proposal_cost_is_booked_whether_it_came_or_not(make_lab: MakeLab) -> None:
     lab = make_lab()
     half, whole = Usage(output_tokens=5, dollars=0.5), Usage(output_tokens=10, dollars=1.0)
@@ -541,7 +564,7 @@ def test_a_program_that_was_tried_is_known_after_a_restart_without_parsing_it_ag
     lab.configure(limits={"experiments": 3})
     lab.run()
     assert sorted(seen.values()) == ["e0001", "e0002"]
-    assert parsed == ["!"]  # of e0003 alone
+    assert len(parsed) == 2  # both of e0003: the check and the record
 
 
 # -- trouble --------------------------------------------------------------------------------------
