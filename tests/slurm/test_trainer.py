@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toylab
 from rig import ROOT, interpreter
 from test_campaign import Lab, as_a_job_through_requeues_and_an_outage
 
@@ -33,8 +34,9 @@ class TrainerLab(Lab):
         super().__init__(root, kind)
         for name in ("train.py", "prepare.py"):
             self.write(f"trainer/{name}", (ROOT / "trainer" / name).read_text())
-        self.git("add", "trainer")
-        self.git("commit", "--quiet", "--message", "the trainer")
+        self.hand_over()
+        self.call_as_user(["git", "add", "trainer"])
+        self.call_as_user(["git", "commit", "--quiet", "--message=the trainer"], **toylab.WHO)
         agent = {"kind": "sweep", "constants": MOVED}
         names = [f"b{n}" for n in range(1, branches + 1)]
         self.settings.pop("task")
