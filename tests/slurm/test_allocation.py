@@ -214,7 +214,7 @@ def test_a_dead_node_takes_only_its_own_runs(controller):
         for run in more:  # nobody has said yet that n4 is gone
             night("submit", run, sleep=1)
         for run in [again, *more]:
-            wait_for(lambda r=run: night("survey") is not None and night.finished(r), 60)
+            wait_for(lambda r=run: night("survey") is not None and night.finished(r), 150)
             assert night.claim(run)["node"] != "n4"
     finally:
         switch(accounting=False)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toylab
 from rig import ROOT, interpreter
-from test_campaign import Lab, as_a_job_through_requeues_and_an_outage
+from test_campaign import Lab, as_a_job_through_requeues_and_an_outage, toylab
 
 sys.path.append(str(ROOT / "tests" / "containers"))
 import accounts

@@ -65,6 +65,8 @@ def environment(
         # scheduler may put them on one core. Sleeping costs nothing measurable on a quiet one.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache/inductor",
+        # Else every start makes one of a hundred megabytes in its TMPDIR, where no cache outlives it.
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
         "AUTORESEARCH_SCRATCH": scratch,
     }
