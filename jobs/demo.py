@@ -15,6 +15,7 @@ from jobs.history import State
 from jobs.repository import Repository
 
 EXPERIMENTS = 12  # beside the baseline
+EXPERIMENTS_DETUNED = 24  # finding two constants again takes longer
 TOKENS = 200 * 2048  # half the scale's budget: the whole demonstration in a quarter of an hour
 FACTOR = 3.0
 # What the sweep moves: rates and schedule, since other sizes would not fit the time of a demo.
@@ -41,7 +42,7 @@ def run(
     ).absolute()
     if not (folder / "campaign.yaml").exists():
         lab.make(folder)
-        _settle(folder, detuned, experiments or EXPERIMENTS)
+        _settle(folder, detuned, experiments or (EXPERIMENTS_DETUNED if detuned else EXPERIMENTS))
         say(f"a lab in {folder}: the shipped trainer/train.py, program.md, campaign.yaml")
     else:
         say(f"resuming the demonstration in {folder}")

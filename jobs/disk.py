@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs.errors import Paused
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, SAMPLE = "model.safetensors", "sample.txt"
 CACHE = "cache"  # the compile cache that a run filled
 
 
@@ -20,7 +20,7 @@ def tidy(run_dir: Path, keep: Path | None) -> None:
     """
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, "sample.txt"):
+        for name in (WEIGHTS, SAMPLE):
             if (run_dir / name).exists():
                 os.replace(run_dir / name, keep / name)
         if (run_dir / CACHE).is_dir():
@@ -31,7 +31,8 @@ def tidy(run_dir: Path, keep: Path | None) -> None:
             shutil.rmtree(keep / f".{CACHE}.old", ignore_errors=True)
     for name in (CACHE, "program", "scratch"):
         _remove(run_dir / name)
-    (run_dir / WEIGHTS).unlink(missing_ok=True)
+    for name in (WEIGHTS, SAMPLE):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import base64
 import html
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from jobs import picture, report, tables
+from jobs import disk, picture, report, tables
 from jobs.history import State
 from jobs.records import Branch, Record
 from jobs.tables import write_whole
@@ -33,17 +34,40 @@ def write_report(folder: Path, state: State, diff: Callable[[Record], str]) -> P
     png = picture.progress(state)
     write_whole(folder / "report" / "progress.png", png)
     path = folder / "report" / "index.html"
-    write_whole(path, page(state, table, png, diff).encode("utf-8", "replace"))
+    samples = {name: _sample(folder / "heads" / name / disk.SAMPLE) for name in state.branches}
+    write_whole(path, page(state, table, png, diff, samples).encode("utf-8", "replace"))
     return path
 
 
-def page(state: State, table: Any, png: bytes, diff: Callable[[Record], str]) -> str:
-    """The HTML, pictures and style inside; `table` is what `tables.write_parquet` returned."""
+def _sample(path: Path) -> str:
+    """What a branch's best model writes by itself, where its program left it."""
+    try:
+        return lines(path.read_text(errors="replace"))
+    except OSError:
+        return ""
+
+
+def page(
+    state: State,
+    table: Any,
+    png: bytes,
+    diff: Callable[[Record], str],
+    samples: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The HTML, pictures and style inside.
+
+    Args:
+        table: what `tables.write_parquet` returned.
+        samples: by branch, text that its best model wrote; "" where there is none.
+    """
     data = base64.b64encode(png).decode()
     as_of = _text(f"{picture.title(state)}; as of {state.time}")
     parts = [
         f"<h1>{_text(state.campaign)}</h1><p>{as_of}</p>",
-        *(_headline(state, branch) for branch in state.branches.values()),
+        *(
+            _headline(state, branch) + _written(samples.get(branch.name, ""))
+            for branch in state.branches.values()
+        ),
         f'<img alt="progress" src="data:image/png;base64,{data}">',
         *(_keeps(state, branch, diff) for branch in state.branches.values()),
         "<h2>What failed</h2>",
@@ -112,6 +136,10 @@ def _headline(state: State, branch: Branch) -> str:
         for label, (n, values), (mean, sd) in zip(("first", "best"), again, means, strict=True)
     ]
     return f"{words}<p>Again on fresh seeds: {'; '.join(cells)}. <b>Gain {honest:.6g}</b></p>"
+
+
+def _written(sample: str) -> str:
+    return f"<p>The best model writes:</p><pre>{html.escape(sample)}</pre>" if sample else ""
 
 
 def _keeps(state: State, branch: Branch, diff: Callable[[Record], str]) -> str:

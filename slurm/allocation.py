@@ -32,7 +32,9 @@ CLOSE_S = 10.0  # a controller that leaves its job waits so long for steps to be
 # In srun's words. After slurmctld was restarted, places stay taken for up to a minute.
 NO_ROOM_YET = "Memory required|busy|contact slurm controller|confirm allocation|timed out"
 NODE_LOST = "node not available|down, drained|Node .*(fail|down)"
-STARTING_S = 90.0  # a step that neither srun nor Slurm nor a claim shows by then never began
+# A step that neither Slurm nor a claim shows by then never began. Its srun may still be there: one
+# that asks for a step while the allocation loses a node waits for ever, and says nothing.
+STARTING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ class AllocationRuns:
         wanted = {s.run for s in submissions}
         try:
             jobs = commands.by_job(self._look())
-            steps = commands.steps() if self._strangers() else {}
+            steps = commands.steps() if any(map(self._doubtful, self._table)) else {}
         except Unanswered:
             return None
         self._forget(wanted, steps)
@@ -274,10 +276,12 @@ class AllocationRuns:
             self._sruns.pop(run, None)
         self._known |= wanted
 
-    def _strangers(self) -> list[Entry]:
-        """Started runs that no living srun of ours speaks for: something was killed."""
-        started = (e for e in self._table if e.launched and not e.finished)
-        return [entry for entry in started if not self._attached(entry)]
+    def _doubtful(self, entry: Entry) -> bool:
+        """Whether Slurm must be asked for its step: no living srun of ours speaks for it, or in
+        vain."""
+        if entry.launched is None or entry.finished:
+            return False
+        return not self._attached(entry) or (_late(entry) and not self._begun(entry))
 
     def _attached(self, entry: Entry) -> bool:
         srun = self._sruns.get(entry.run)
@@ -308,12 +312,15 @@ class AllocationRuns:
 
     def _relaunch_unless_begun(self, entry: Entry, steps: Mapping[tuple[str, str], str]) -> None:
         """Back to waiting for a run whose step never came to be: no room, an outage, a kill."""
+        late, attached = _late(entry), self._attached(entry)
+        if _key(entry) in steps or self._begun(entry) or (attached and not late):
+            return
         srun = self._sruns.get(entry.run)
         failed = srun is not None and (srun.poll() or 0) > 0
-        young = time.time() - (entry.launched or 0) < STARTING_S
-        if self._attached(entry) or _key(entry) in steps or self._begun(entry):
-            return
-        if (failed or not young) and entry.launches < LAUNCHES:
+        if (failed or late) and entry.launches < LAUNCHES:
+            if srun is not None and attached:
+                os.killpg(srun.pid, signal.SIGKILL)
+                srun.wait()
             self._sruns.pop(entry.run, None)
             said = last_line(self._srun_log(entry))
             # Slurm knows before the controller does that a node of the allocation is lost.
@@ -443,6 +450,11 @@ def _usable(holder: Holder, entry: Entry) -> list[str]:
     """The nodes that a run may be on: its branch's own, or all that it need not avoid."""
     own = entry.place.get("node")
     return [n for n in holder.nodes if (n == own if own else n not in entry.avoid)]
+
+
+def _late(entry: Entry) -> bool:
+    """Whether its step should have begun by now."""
+    return time.time() - (entry.launched or 0) > STARTING_S
 
 
 def _key(entry: Entry) -> tuple[str, str]:

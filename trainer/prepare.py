@@ -77,6 +77,7 @@ SPLIT_PATTERN = (
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the last ids; the first is BOS
 TRAINING_CHARACTERS = 10**9
 DOCUMENT_CHARACTERS = 10_000
+SAMPLE_TOKENS = 96  # of text that a trained model writes
 
 
 class Tokenizer:
@@ -190,7 +191,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
     The model is asked for `model(x, y, reduction="none")`: the loss of every position in nats,
     (B*T,) or (B, T). It is in eval mode meanwhile, without gradients, under the caller's autocast.
-    Its weights are left in the scratch folder afterwards.
+    Its weights and a sample of its text are left in the scratch folder afterwards.
     """
     import torch
 
@@ -206,6 +207,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
                 )
             answer(losses.float().reshape(x.shape).cpu().numpy())
     _save_weights(model)
+    _save_sample(model, tokenizer)
     return session.val_bpb
 
 
@@ -298,6 +300,29 @@ def _save_weights(model) -> None:
         os.replace(f"{path}.tmp", path)
     except Exception as error:
         print(f"The weights could not be saved in {scratch}: {error}", file=sys.stderr)
+
+
+def _save_sample(model, tokenizer: Tokenizer) -> None:
+    """Leave sample.txt, what the model writes by itself, in the scratch folder. As for weights.
+
+    The model is asked for `model(x)`: logits (B, T, V). Not compiled, since every length is new.
+    """
+    scratch = os.environ.get("AUTORESEARCH_SCRATCH")
+    if not scratch:
+        return
+    import torch
+
+    tokens = [tokenizer.get_bos_token_id()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            while len(tokens) <= SAMPLE_TOKENS:
+                x = torch.tensor([tokens], device=device())
+                likely = (model(x)[0, -1].float().cpu() / 0.8).softmax(-1)
+                tokens.append(int(torch.multinomial(likely, 1, generator=generator)))
+        Path(scratch, "sample.txt").write_text(tokenizer.decode(tokens[1:]))
+    except Exception as error:
+        print(f"No sample of the model's text: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _distinct(state: dict) -> tuple[dict, dict[str, str]]:

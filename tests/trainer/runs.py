@@ -125,7 +125,7 @@ class Started:
 
 KNOWN_FILES = {"task.json", "claim.json", "train.log", "referee.log", "telemetry.jsonl"}
 KNOWN_FILES |= {"score.json", "model.safetensors", "cache", "result.json"}
-KNOWN_FILES |= {"scorer.log", "scorer.out"}
+KNOWN_FILES |= {"scorer.log", "scorer.out", "sample.txt"}
 
 
 def start(

@@ -76,8 +76,10 @@ class Model(torch.nn.Module):
         self.flat = flat
         self.to(prepare.device())
 
-    def forward(self, x, y, reduction="mean"):
+    def forward(self, x, y=None, reduction="mean"):
         logits = self.head(self.dropout(self.frozen(self.embedding(x))))
+        if y is None:
+            return logits
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), y.flatten(), reduction=reduction
         )
@@ -249,6 +251,32 @@ def test_tied_and_compiled_weights_are_saved_under_their_own_names(
         assert file.metadata() == {"head.weight": "embedding.weight"}
 
 
+def test_a_scored_model_leaves_a_sample_of_its_text_uncompiled(
+    session, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AUTORESEARCH_SCRATCH", str(tmp_path))
+
+    def refuse(*_):
+        raise AssertionError("compiled for a shape that comes once")
+
+    model = Model(tokenizer.get_vocab_size())
+    prepare._save_sample(torch.compile(model, backend=refuse), tokenizer)
+    text = (tmp_path / "sample.txt").read_text()
+    assert len(tokenizer.encode(text)) > 10
+    prepare._save_sample(model, tokenizer)
+    assert (tmp_path / "sample.txt").read_text() == text
+
+
+def test_a_model_without_logits_costs_no_run(session, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AUTORESEARCH_SCRATCH", str(tmp_path))
+    prepare.evaluate_bpb(Model(tokenizer.get_vocab_size()), tokenizer, 8)
+    assert (tmp_path / "sample.txt").exists()
+    (tmp_path / "sample.txt").unlink()
+    prepare._save_sample(lambda x, y: None, tokenizer)
+    assert not (tmp_path / "sample.txt").exists()
+    assert "No sample of the model's text: TypeError" in capsys.readouterr().err
+
+
 def test_views_of_one_tensor_are_saved_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_SCRATCH", str(tmp_path))
     bank = torch.arange(12.0).reshape(3, 4)
@@ -324,7 +352,7 @@ def test_killed_at_any_step_the_same_command_finishes(texts, tmp_path):
 def test_ctrl_c_ends_in_words_and_leaves_no_half_file(texts, tmp_path):
     text = "".join(path.read_text() for path in sorted(texts.iterdir()))
     (tmp_path / "many").mkdir()
-    for i in range(20):  # enough for a second of work: the signal has to come before the end
+    for i in range(60):  # enough for a second of work: the signal has to come before the end
         (tmp_path / "many" / f"{i}.txt").write_text(f"{i}\n{text}")
     arguments = ["--corpus", f"dir:{tmp_path / 'many'}", "--data", tmp_path / "data"]
     process = subprocess.Popen(

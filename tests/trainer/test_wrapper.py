@@ -146,6 +146,14 @@ def test_each_run_gets_a_copy_of_the_cache_and_leaves_its_own(folder):
     assert not (folder / "run" / "scratch").exists()
 
 
+@pytest.mark.parametrize(("length", "kept"), [(100, True), (2**20, False)])
+def test_a_sample_of_the_models_text_is_kept_unless_it_is_a_book(folder, length, kept):
+    scratch = "pathlib.Path(os.environ['AUTORESEARCH_SCRATCH'])"
+    program = f"import os, pathlib\n({scratch} / 'sample.txt').write_text('x' * {length})\n{HONEST}"
+    assert run(folder, program)["status"] == "ok"
+    assert (folder / "run" / "sample.txt").exists() == kept
+
+
 def test_a_failed_run_leaves_neither_cache_nor_weights(folder):
     result = run(folder, CACHED.replace("train(); evaluate()", "1 / 0"))
     assert result["status"] == "crash"

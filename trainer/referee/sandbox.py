@@ -65,7 +65,7 @@ def environment(
         # scheduler may put them on one core. Sleeping costs nothing measurable on a quiet one.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache/inductor",
-        # Else every start makes one of a hundred megabytes in its TMPDIR, where no cache outlives it.
+        # Else each start makes one of 100 MB in its TMPDIR, which no cache outlives.
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "TRITON_CACHE_DIR": f"{scratch}/cache/triton",
         "AUTORESEARCH_SCRATCH": scratch,

@@ -27,7 +27,8 @@ from .task import Scorer, Task, load
 
 LINGER_S = 60.0  # what a program may still do once it is scored: save weights, a summary
 REFEREE_END_S = 10.0
-MODEL = "model.safetensors"
+MODEL, SAMPLE = "model.safetensors", "sample.txt"
+SAMPLE_BYTES = 65536
 
 
 class Run:
@@ -239,6 +240,7 @@ class Run:
         """Move what outlives the run out of the scratch folder, then remove it."""
         if ok:
             take_file(self.scratch / MODEL, self.dir / MODEL)
+            take_file(self.scratch / SAMPLE, self.dir / SAMPLE, SAMPLE_BYTES)
             take_cache(self.scratch / "cache", self.dir / "cache", self.task.cache_mb)
         for name in ("scratch", "scorer"):
             remove(self.dir / name)
@@ -406,10 +408,11 @@ def copy_cache(source: str | None, target: Path) -> None:
         shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
 
 
-def take_file(source: Path, target: Path) -> None:
+def take_file(source: Path, target: Path, most_bytes: int | None = None) -> None:
     """Move a plain file that the program wrote. A link could lead anywhere: it is left behind."""
     with contextlib.suppress(OSError):
-        if stat.S_ISREG(source.lstat().st_mode):
+        found = source.lstat()
+        if stat.S_ISREG(found.st_mode) and (most_bytes is None or found.st_size <= most_bytes):
             source.rename(target)
 
 
