@@ -44,6 +44,9 @@ class Holder:
     row: Row
     nodes: tuple[str, ...]
     seen: float  # monotonic time
+    # It has lost a node. Slurm (22.05) then never gives back what steps had that ran at that time,
+    # on the other nodes too: new steps would wait there for ever.
+    shrunk: bool = False
 
     @property
     def running(self) -> bool:
@@ -92,6 +95,7 @@ class AllocationRuns:
         self._known: set[str] = set()  # runs that this controller has submitted or asked about
         self._holders: list[Holder] | None = None  # newest last; None: never asked
         self._names: dict[str, tuple[str, ...]] = {}  # node list -> nodes
+        self._sizes: dict[str, int] = {}  # holder -> the most nodes that it was seen with
         self._trouble = ""
         self._in_a_job = "SLURM_JOB_ID" in os.environ  # the controller itself
         self._closed = threading.Event()
@@ -160,7 +164,7 @@ class AllocationRuns:
 
     def _fits(self, holder: Holder, entry: Entry, ahead_s: float = END_MARGIN_S) -> bool:
         """Whether the run could go through in this holder, were a place free for it."""
-        usable = holder.running and bool(_usable(holder, entry))
+        usable = holder.running and not holder.shrunk and bool(_usable(holder, entry))
         return usable and holder.left_s >= entry.limit_s + ahead_s
 
     def _launch(self, entry: Entry, holder: str, node: str, slot: int) -> None:
@@ -194,8 +198,13 @@ class AllocationRuns:
         seen = time.monotonic()
         ours = sorted((r for r in rows if r.name == self._name), key=lambda row: int(row.job))
         alive = [r for r in ours if commands.phase(r.state) != "ended" and r.state != "COMPLETING"]
-        self._holders = [Holder(row, self._nodes(row), seen) for row in alive]
+        self._holders = [self._holder(row, seen) for row in alive]
         return rows
+
+    def _holder(self, row: Row, seen: float) -> Holder:
+        nodes = self._nodes(row)
+        most = self._sizes[row.job] = max(self._sizes.get(row.job, 0), len(nodes))
+        return Holder(row, nodes, seen, shrunk=row.state == "RUNNING" and len(nodes) < most)
 
     def _nodes(self, row: Row) -> tuple[str, ...]:
         if row.state != "RUNNING":
@@ -219,8 +228,16 @@ class AllocationRuns:
         limit = max(entry.limit_s for entry in active)
         avoid = set.intersection(*(set(entry.avoid) for entry in active))
         nodes = {entry.place["node"] for entry in active if "node" in entry.place}
+        shrunk = [len(holder.nodes) for holder in self._holders or [] if holder.shrunk]
         text = script.holder_text(
-            self._settings, self._campaign_dir, limit, avoid, self.stale_s, self.idle_s, nodes
+            self._settings,
+            self._campaign_dir,
+            limit,
+            avoid,
+            self.stale_s,
+            self.idle_s,
+            nodes,
+            min([self._settings.nodes, *shrunk]),
         )
         try:
             job = commands.ask(["sbatch", "--parsable"], stdin=text).split(";")[0].strip()
@@ -235,10 +252,12 @@ class AllocationRuns:
         self._holders = [*(self._holders or []), Holder(row, (), time.monotonic())]
 
     def _give_back_spares(self) -> None:
-        """An older holder has done its part once a newer one runs and its last step has ended."""
+        """A holder has done its part once a newer one runs, or it has shrunk (the nodes that it
+        still has are wanted by the next one), and its last step has ended."""
         running = [holder for holder in self._holders or [] if holder.running]
         used = {e.holder for e in self._table if e.launched and not e.finished}
-        if spare := [h.row.job for h in running[:-1] if h.row.job not in used]:
+        done = [*running[:-1], *(holder for holder in running[-1:] if holder.shrunk)]
+        if spare := [h.row.job for h in done if h.row.job not in used]:
             scancel(spare)
 
     # -- what became of runs ----------------------------------------------------------------------

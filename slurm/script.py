@@ -153,17 +153,22 @@ def holder_text(
     stale_s: float = STALE_S,
     idle_s: float = IDLE_S,
     nodes: Iterable[str] = (),
+    at_least: int | None = None,
 ) -> str:
     """The script of a job that holds nodes, `nodes` among them, until nobody needs them.
+
+    `at_least`: it may begin with so few nodes, where one is known to be lost.
 
     It compares two counters in a file that the controller rewrites: one is the heartbeat, the other
     stands still while no run is wanted. Only changes count, so no clocks are compared. Running
     steps are let finish, as far as squeue can be asked from a node.
     """
     count, folder = per_node(settings), campaign_dir.absolute() / "submitit"
+    # The syntax `gpus` counts those of all nodes together: no range of nodes goes with it.
+    fewer = at_least is not None and at_least < settings.nodes and settings.gpu_syntax != "gpus"
     options: dict[str, Any] = {
         "job-name": holder_name(campaign_dir),
-        "nodes": settings.nodes,
+        "nodes": f"{at_least}-{settings.nodes}" if fewer else settings.nodes,
         "ntasks-per-node": count,
         "cpus-per-task": settings.cpus,
         "time": math.ceil(settings.hold_hours * 60),
