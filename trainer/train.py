@@ -125,7 +125,7 @@ CONSTANTS = {
         "window_pattern": "SSSL",
         "short_window": 0.004,  # one token back: two layers learn to copy soonest from pairs
         "rotary_base": 10_000,
-        "value_gate_channels": 32,
+        "value_gate_channels": 64,
         "logit_cap": 15.0,
         "embedding_std": 1.0,
         "head_std": 0.001,
@@ -137,7 +137,7 @@ CONSTANTS = {
         "embedding_rate": 0.6,
         "head_rate": 0.004,
         "scalar_rate": 0.5,
-        "adam_beta1": 0.8,
+        "adam_beta1": 0.6,
         "adam_beta2": 0.95,
         "injection_beta1": 0.96,
         "adam_eps": 1e-10,
