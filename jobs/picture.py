@@ -30,11 +30,19 @@ def progress(state: State) -> bytes:
     figure = Figure(figsize=(12, 6), layout="constrained", dpi=110)
     axes = figure.add_subplot()
     records = [r for r in state.experiments() if tables.is_settled(r)]
+    again = _reruns(state)
     low, high = _window(state, records)
+    for _, mean, sd in again:
+        beyond = sd + 0.04 * (high - low)
+        low, high = min(low, mean - beyond), max(high, mean + beyond)
     _dots(axes, state, records, low, high)
     for branch in state.branches.values():
         _staircase(axes, state, branch)
-    _reruns(axes, state)
+    if again:
+        xs, means, sds = zip(*again, strict=True)
+        looks = {"markersize": 6, "markerfacecolor": "white", "color": "#222222", "capsize": 4}
+        label = "reruns on fresh seeds, mean and sd"
+        axes.errorbar(xs, means, yerr=sds, fmt="D", zorder=6, label=label, **looks)
     axes.set_ylim(low, high)
     axes.set_xlim(0, max(10, len(state.records)) * 1.02 + 1)
     axes.set_xlabel("experiment")
@@ -124,19 +132,15 @@ def _staircase(axes: Any, state: State, branch: Branch) -> None:
             axes.annotate(text, (x, y), (5, 5), textcoords="offset points", zorder=5, **looks)
 
 
-def _reruns(axes: Any, state: State) -> None:
-    """First and best again on fresh seeds: mean and standard deviation."""
+def _reruns(state: State) -> list[tuple[int, float, float]]:
+    """First and best again on fresh seeds: (number, mean, standard deviation or 0)."""
     points = []
     for branch in state.branches.values():
         for name in dict.fromkeys(filter(None, (branch.baseline, branch.best))):
-            if again := report.confirmed(state.record(name)):
-                points.append((int(name[1:]), *report.mean_sd(again)))
-    if points:
-        xs, means, sds = zip(*points, strict=True)
-        looks = {"markersize": 6, "markerfacecolor": "white", "color": "#222222", "capsize": 4}
-        label = "reruns on fresh seeds, mean and sd"
-        bars = [sd or 0.0 for sd in sds]
-        axes.errorbar(xs, means, yerr=bars, fmt="D", zorder=6, label=label, **looks)
+            if values := report.confirmed(state.record(name)):
+                mean, sd = report.mean_sd(values)
+                points.append((int(name[1:]), mean, sd or 0.0))
+    return points
 
 
 def title(state: State) -> str:
