@@ -272,7 +272,8 @@ class Attention(nn.Module):
         self.query, self.key, self.value = Linear(C, C), Linear(C, C), Linear(C, C)
         self.output = Linear(C, C)
         self.value_embedding = nn.Embedding(V, C) if has_value_embedding else None
-        self.gate = Linear(c.value_gate_channels, self.heads) if has_value_embedding else None
+        gates = min(c.value_gate_channels, C)
+        self.gate = Linear(gates, self.heads) if has_value_embedding else None
 
     def forward(self, x, tokens, cos, sin):
         B, T, C = x.shape
