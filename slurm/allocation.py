@@ -32,9 +32,7 @@ CLOSE_S = 10.0  # a controller that leaves its job waits so long for steps to be
 # In srun's words. After slurmctld was restarted, places stay taken for up to a minute.
 NO_ROOM_YET = "Memory required|busy|contact slurm controller|confirm allocation|timed out"
 NODE_LOST = "node not available|down, drained|Node .*(fail|down)"
-# A step that neither Slurm nor a claim shows by then never began. Its srun may still be there: one
-# that asks for a step while the allocation loses a node waits for ever, and says nothing.
-STARTING_S = 60.0
+STARTING_S = 90.0  # a step that neither srun nor Slurm nor a claim shows by then never began
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Holder:
     nodes: tuple[str, ...]
     seen: float  # monotonic time
     # It has lost a node. Slurm (22.05) then never gives back what steps had that ran at that time,
-    # on the other nodes too: new steps would wait there for ever.
+    # on the other nodes too: new steps would find no room there.
     shrunk: bool = False
 
     @property
@@ -256,8 +254,8 @@ class AllocationRuns:
         still has are wanted by the next one), and its last step has ended."""
         running = [holder for holder in self._holders or [] if holder.running]
         used = {e.holder for e in self._table if e.launched and not e.finished}
-        done = [*running[:-1], *(holder for holder in running[-1:] if holder.shrunk)]
-        if spare := [h.row.job for h in done if h.row.job not in used]:
+        done = [holder for holder in running if holder.shrunk or holder is not running[-1]]
+        if spare := [holder.row.job for holder in done if holder.row.job not in used]:
             scancel(spare)
 
     # -- what became of runs ----------------------------------------------------------------------
@@ -271,7 +269,7 @@ class AllocationRuns:
         wanted = {s.run for s in submissions}
         try:
             jobs = commands.by_job(self._look())
-            steps = commands.steps() if any(map(self._doubtful, self._table)) else {}
+            steps = commands.steps() if self._strangers() else {}
         except Unanswered:
             return None
         self._forget(wanted, steps)
@@ -295,12 +293,10 @@ class AllocationRuns:
             self._sruns.pop(run, None)
         self._known |= wanted
 
-    def _doubtful(self, entry: Entry) -> bool:
-        """Whether Slurm must be asked for its step: no living srun of ours speaks for it, or in
-        vain."""
-        if entry.launched is None or entry.finished:
-            return False
-        return not self._attached(entry) or (_late(entry) and not self._begun(entry))
+    def _strangers(self) -> list[Entry]:
+        """Started runs that no living srun of ours speaks for: something was killed."""
+        started = (e for e in self._table if e.launched and not e.finished)
+        return [entry for entry in started if not self._attached(entry)]
 
     def _attached(self, entry: Entry) -> bool:
         srun = self._sruns.get(entry.run)
@@ -331,15 +327,12 @@ class AllocationRuns:
 
     def _relaunch_unless_begun(self, entry: Entry, steps: Mapping[tuple[str, str], str]) -> None:
         """Back to waiting for a run whose step never came to be: no room, an outage, a kill."""
-        late, attached = _late(entry), self._attached(entry)
-        if _key(entry) in steps or self._begun(entry) or (attached and not late):
-            return
         srun = self._sruns.get(entry.run)
         failed = srun is not None and (srun.poll() or 0) > 0
-        if (failed or late) and entry.launches < LAUNCHES:
-            if srun is not None and attached:
-                os.killpg(srun.pid, signal.SIGKILL)
-                srun.wait()
+        young = time.time() - (entry.launched or 0) < STARTING_S
+        if self._attached(entry) or _key(entry) in steps or self._begun(entry):
+            return
+        if (failed or not young) and entry.launches < LAUNCHES:
             self._sruns.pop(entry.run, None)
             said = last_line(self._srun_log(entry))
             # Slurm knows before the controller does that a node of the allocation is lost.
@@ -469,11 +462,6 @@ def _usable(holder: Holder, entry: Entry) -> list[str]:
     """The nodes that a run may be on: its branch's own, or all that it need not avoid."""
     own = entry.place.get("node")
     return [n for n in holder.nodes if (n == own if own else n not in entry.avoid)]
-
-
-def _late(entry: Entry) -> bool:
-    """Whether its step should have begun by now."""
-    return time.time() - (entry.launched or 0) > STARTING_S
 
 
 def _key(entry: Entry) -> tuple[str, str]:
