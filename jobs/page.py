@@ -10,7 +10,6 @@ import html
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from jobs import disk, picture, report, tables
@@ -52,7 +51,7 @@ def page(
     table: Any,
     png: bytes,
     diff: Callable[[Record], str],
-    samples: Mapping[str, str] = MappingProxyType({}),
+    samples: Mapping[str, str],
 ) -> str:
     """The HTML, pictures and style inside.
 
@@ -65,7 +64,7 @@ def page(
     parts = [
         f"<h1>{_text(state.campaign)}</h1><p>{as_of}</p>",
         *(
-            _headline(state, branch) + _written(samples.get(branch.name, ""))
+            _headline(state, branch) + _written(samples[branch.name])
             for branch in state.branches.values()
         ),
         f'<img alt="progress" src="data:image/png;base64,{data}">',
