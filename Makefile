@@ -31,6 +31,7 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 cluster:
 	bash slurm/cluster.sh up

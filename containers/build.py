@@ -69,7 +69,8 @@ def definition_arguments(text: str) -> dict[str, str]:
     """The defaults in a definition's %arguments."""
     section = re.search(r"^%arguments\n((?:[ \t]+.*\n|\n)*)", text, re.MULTILINE)
     lines = section[1].split("\n") if section else []
-    return dict(line.strip().split("=", 1) for line in lines if "=" in line)  # type: ignore[misc]
+    pairs = (line.strip().partition("=") for line in lines if "=" in line)
+    return {name: value for name, _, value in pairs}
 
 
 def apt_mirror(sources: Path = Path("/etc/apt")) -> str:
@@ -135,8 +136,12 @@ def reseal(
     images.check(base)
 
     def like(found: Image) -> Image:  # its base's definition builds all of it
-        told = {"definition": base.definition, "arguments": base.arguments}
-        return dataclasses.replace(found, origin=f"resealed from {base.sha256[:16]}", **told)
+        return dataclasses.replace(
+            found,
+            origin=f"resealed from {base.sha256[:16]}",
+            definition=base.definition,
+            arguments=base.arguments,
+        )
 
     recipe = Recipe(HERE / "reseal.def", trainer, {"FROM": base.path})
     return build(store, tag, recipe, key=key, like=like)

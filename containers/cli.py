@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from containers import build, doctor, images, remote
+from containers.apptainer import ImageError
 from containers.images import Image
 from jobs.errors import AutoresearchError
 
@@ -31,7 +32,9 @@ def add_parser(subparsers: Any) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def verb(name: str, help: str, *arguments: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=help, description=help, parents=[common])
+        made: argparse.ArgumentParser = verbs.add_parser(
+            name, help=help, description=help, parents=[common]
+        )
         for argument in arguments:
             made.add_argument(argument, help=MEANING[argument])
         return made
@@ -62,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         value, text = _VERBS[args.verb](args)
     except OSError as error:
-        raise images.ImageError(f"image {args.verb} failed: {error}") from error
+        raise ImageError(f"image {args.verb} failed: {error}") from error
     print(json.dumps(value, indent=1) if args.json else text)
     return int(args.verb == "doctor" and any(item["status"] == "failure" for item in value))
 
@@ -87,10 +90,10 @@ def _build(args: argparse.Namespace) -> tuple[Any, str]:
     named = build.HERE / f"{args.definition}.def"
     definition = named if named.is_file() else Path(args.definition)
     if not definition.is_file():
-        raise images.ImageError(f"No definition {args.definition}: cpu, trainer, or a file's path")
+        raise ImageError(f"No definition {args.definition}: cpu, trainer, or a file's path")
     wrong = [item for item in args.set if "=" not in item]
     if wrong:
-        raise images.ImageError(f"--set {wrong[0]}: write NAME=VALUE")
+        raise ImageError(f"--set {wrong[0]}: write NAME=VALUE")
     recipe = build.Recipe(definition, arguments=dict(item.split("=", 1) for item in args.set))
     site = build.Site(args.ca_bundle, args.pip_conf, args.wheels)
     image = build.build(args.store, args.tag or definition.stem, recipe, site, args.key)

@@ -245,7 +245,8 @@ def _present(image: Image) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        read: dict[str, Any] = json.loads(path.read_text())
+        return read
     except (OSError, ValueError) as error:
         raise ImageError(f"The image store's record {path} cannot be read: {error}") from None
 

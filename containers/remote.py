@@ -134,7 +134,7 @@ def _login(host: str) -> str | None:
     """What `apptainer registry login` stored for this host: base64 of user:password."""
     config = Path.home() / ".apptainer" / "docker-config.json"
     try:
-        auth = json.loads(config.read_text())["auths"][host]["auth"]
+        auth: str = json.loads(config.read_text())["auths"][host]["auth"]
         base64.b64decode(auth, validate=True)
         return auth
     except (OSError, ValueError, KeyError):
@@ -143,4 +143,4 @@ def _login(host: str) -> str | None:
 
 def _open(url: str, headers: dict[str, str]) -> bytes:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
-        return reply.read(2**20)
+        return bytes(reply.read(2**20))

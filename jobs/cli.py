@@ -532,7 +532,7 @@ def _defaults() -> Any:
 
 
 def _root(arguments: argparse.Namespace) -> Path:
-    return arguments.config.absolute().parent
+    return Path(arguments.config).absolute().parent
 
 
 def _directory(arguments: argparse.Namespace) -> Path:

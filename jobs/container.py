@@ -60,7 +60,7 @@ def check_before_run(site: Site) -> None:
 
 def pinned(image: images.Image) -> str | None:
     """The address that no registry can let mean another image: oras://host/name@sha256:..."""
-    return next((f"{uri}@{digest}" for uri, digest in reversed(image.registry.items())), None)
+    return next((f"{uri}@{digest}" for uri, digest in reversed([*image.registry.items()])), None)
 
 
 def records(image: images.Image | None) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def _spread(values: list[float]) -> str:
 def _standard_error(one: list[float], other: list[float]) -> float:
     """Of the difference of two means; 0 where there is a single run of each."""
     variance = sum(statistics.variance(v) / len(v) for v in (one, other) if len(v) > 1)
-    return variance**0.5
+    return math.sqrt(variance)
 
 
 def _settle(folder: Path, detuned: bool, experiments: int) -> None:

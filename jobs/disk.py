@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from jobs.errors import Paused
@@ -38,7 +39,7 @@ def tidy(run_dir: Path, keep: Path | None) -> None:
 def _remove(folder: Path) -> None:
     """rmtree that also takes read-only folders, as snapshots are."""
 
-    def retry(function, path, error) -> None:
+    def retry(function: Callable[[str], object], path: str, error: object) -> None:
         os.chmod(os.path.dirname(path), 0o700)
         if os.path.isdir(path) and not os.path.islink(path):
             os.chmod(path, 0o700)

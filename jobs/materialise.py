@@ -101,7 +101,7 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         run_dir=str(run_dir),
         wall_limit_s=limit,
         python=site.python or config.executor.python,
-        trainer=site.trainer and str(site.trainer),
+        trainer=None if site.trainer is None else str(site.trainer),
         data=None if site.data is None else str(site.data),
         scale=None if general else run.scale,
         seed=run.seed,

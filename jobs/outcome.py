@@ -74,13 +74,14 @@ def _result(run: Run, found: dict[str, Any]) -> Result:
     if status == "ok" and value is None:
         raise ValueError("status ok without a value")
     known = {*NUMBERS.values(), *TEXTS, "status", "reason", "value", "run", "facts"}
+    facts: dict[str, Any] = {name: _number(found, key) for name, key in NUMBERS.items()}
+    facts |= {name: None if found.get(name) is None else str(found[name])[:200] for name in TEXTS}
     return Result(
         run=run.id,
         status=str(status),
         reason=str(found["reason"])[:500],
         metric=float(value) if value is not None and status == "ok" else None,
-        **{name: _number(found, key) for name, key in NUMBERS.items()},
-        **{name: None if found.get(name) is None else str(found[name])[:200] for name in TEXTS},
+        **facts,
         details={k: v for k, v in found.items() if k not in known and v is not None},
     )
 

@@ -40,9 +40,9 @@ def progress(state: State) -> bytes:
         _staircase(axes, state, branch)
     if again:
         xs, means, sds = zip(*again, strict=True)
-        looks = {"markersize": 6, "markerfacecolor": "white", "color": "#222222", "capsize": 4}
         label = "reruns on fresh seeds, mean and sd"
-        axes.errorbar(xs, means, yerr=sds, fmt="D", zorder=6, label=label, **looks)
+        looks: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "color": "#222222"}
+        axes.errorbar(xs, means, yerr=sds, fmt="D", zorder=6, capsize=4, label=label, **looks)
     axes.set_ylim(low, high)
     axes.set_xlim(0, max(10, len(state.records)) * 1.02 + 1)
     axes.set_xlabel("experiment")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from agent import edit
@@ -89,7 +91,7 @@ class Proposals:
             )
         for record in self._journal.state.experiments():
             with contextlib.suppress(UserError):  # its commit was pruned: told elsewhere
-                self._known.add(record.id, record.commit, lambda c=record.commit: self.files(c))
+                self._known.add(record.id, record.commit, partial(self.files, record.commit))
 
     def files(self, commit: str) -> dict[str, str]:
         """The editable files of a commit."""
@@ -103,7 +105,7 @@ class Proposals:
             UserError: it cannot be read.
         """
         named = self._journal.state.branch(branch).settings.get("program", "program.md")
-        path = self._repository.root / named
+        path: Path = self._repository.root / named
         try:
             return path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -120,8 +122,7 @@ class Proposals:
         branches = self._journal.state.branches
         mute = self._exhausted | {b for b in napping if self._understudy(branches[b]) is None}
         for branch in list(plan.openings(self._journal.state, config, mute)):
-            who = self._understudy if branch in napping else self._researchers
-            self._ask_safely(branch, lambda b, who=who: self._request(b, who(branches[b])))
+            self._ask_safely(branch, partial(self._request, napping=branch in napping))
 
     def _ask_safely(self, branch: str, act: Callable[[str], None]) -> None:
         """One branch's trouble (its program.md is gone) pauses that branch, not the others."""
@@ -137,10 +138,12 @@ class Proposals:
         program = self.program(branch)
         self.accept(None, Proposal(branch, start, {}, "baseline", "none"), _sha256(program))
 
-    def _request(self, branch: str, researcher: Researcher) -> None:
+    def _request(self, branch: str, napping: bool) -> None:
         state, program = self._journal.state, self.program(branch)
         base = state.branch(branch).head_commit
         assert base is not None  # plan.openings names branches with a head only
+        researcher = (self._understudy if napping else self._researchers)(state.branch(branch))
+        assert researcher is not None  # napping without an understudy is mute
         context = self._context(branch, base, program)
         reserve = getattr(researcher, "reserve", lambda *_: Usage())(state, branch)
         proposal = f"p{state.events:06d}"

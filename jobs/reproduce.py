@@ -151,7 +151,8 @@ def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -
     Raises:
         UserError: something that the campaign used is missing, or is another.
     """
-    one, notes = original(clone, record), []
+    one = original(clone, record)
+    notes: list[str] = []
     chosen = wish.settings(one, clone.here)
     site = checked_site(one, wish, chosen, clone.repository.root, notes.append)
     image, alike = _other_image(one, site, clone)

@@ -110,7 +110,7 @@ class LocalExecutor:
 
     def __init__(self, settings: Settings, campaign_dir: Path) -> None:
         self._runs = campaign_dir / "runs"
-        self._children: dict[int, subprocess.Popen] = {}
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._devices = _visible_gpus()
         self._holders: dict[str, tuple[str, str]] = {}  # run id -> process, CUDA device
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from submitit.core import plugins
 
@@ -23,7 +24,7 @@ from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
 from slurm.commands import Busy, Row, Unanswered
 from slurm.executor import last_line, run_id, scancel, state_of
-from slurm.step import AllocationExecutor
+from slurm.step import AllocationExecutor, StepJob
 from slurm.table import Entry, Table
 
 END_MARGIN_S = 20.0  # of an allocation's time, beyond a run's limit: nothing is cut off at its end
@@ -186,7 +187,8 @@ class AllocationRuns:
         )
         # submitit reads '_' in an id as "member of a job array"
         executor.update_parameters(job_id=entry.name.replace("_", "-"), argv=argv, env=env)
-        self._sruns[entry.run] = executor.submit(self._work, entry.run_dir).process
+        job = cast(StepJob, executor.submit(self._work, entry.run_dir))
+        self._sruns[entry.run] = job.process
 
     # -- holders ----------------------------------------------------------------------------------
 

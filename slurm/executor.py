@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from submitit import AutoExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -92,7 +93,8 @@ class SlurmExecutor:
         job_executor.update_parameters(**{f"slurm_{k}": v for k, v in parameters.items()})
         # submitit would run sbatch in our environment, where an outer job's SBATCH_* and SLURM_*
         # win over the script's options, and with no limit on its time.
-        job_executor._executor._make_submission_command = script.sbatch_argv
+        inner: Any = job_executor._executor
+        inner._make_submission_command = script.sbatch_argv
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
                 return job_executor.submit(self._work, entry.run_dir).job_id
@@ -199,7 +201,8 @@ class SlurmExecutor:
         """The job that a run's payload said it was; Slurm forgets ended jobs after MinJobAge."""
         try:
             claim = self._campaign_dir / "runs" / run.replace("-", "/", 1) / "claim.json"
-            return json.loads(claim.read_text()).get("slurm_job")
+            job: str | None = json.loads(claim.read_text()).get("slurm_job")
+            return job
         except OSError:
             return None
 

@@ -52,8 +52,8 @@ def sbatch_parameters(
 ) -> dict[str, Any]:
     """What submitit's AutoExecutor is told, without the prefix slurm_ of its names."""
     settings, node = placed(settings, place), place.get("node")
-    gpus, extra = _gpu_option(settings, settings.gpus), {}
-    extra |= {"export": "ALL", "no-requeue": True, "chdir": str(folder)}
+    gpus = _gpu_option(settings, settings.gpus)
+    extra: dict[str, Any] = {"export": "ALL", "no-requeue": True, "chdir": str(folder)}
     extra |= {gpus[0]: gpus[1]} if gpus else {}
     extra |= {"reservation": settings.reservation} if settings.reservation else {}
     parameters = {
@@ -62,7 +62,7 @@ def sbatch_parameters(
         "nodes": 1,
         "cpus_per_task": settings.cpus,
         "mem": settings.memory,
-        **_where(settings, avoid, {node} - {None}),
+        **_where(settings, avoid, {node} if node else set()),
         "signal_delay_s": 5,  # submitit's 90 s would end short runs early
         "stderr_to_stdout": True,
         "use_srun": False,  # one process less; the run watches itself
