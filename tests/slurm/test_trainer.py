@@ -5,7 +5,6 @@ Every run trains for 50 optimiser steps and more, and must end far below the unt
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,8 +93,6 @@ def test_sixteen_trainings_in_eight_places_at_once(lab, kind):
     assert process.returncode == 0, said
     good = check(night, 16)
     assert len({(result["node"], result["device"]) for result in good}) == 8
-    for name in ("queue", "startup", "training", "scoring"):
-        print(kind, name, statistics.median(result[f"{name}_seconds"] or 0 for result in good))
 
 
 @pytest.mark.proof
