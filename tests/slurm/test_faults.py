@@ -1,0 +1,156 @@
+"""Faults of a cluster, injected for real into whole campaigns: verdicts and books hold.
+
+What becomes of a single job or step is in test_executor.py and test_allocation.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import small_disk
+from rig import wait_for
+from test_campaign import Lab, branches, edits
+
+from jobs import policy
+from jobs.history import fold
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+KINDS = pytest.mark.parametrize("kind", ["slurm", "allocation"])
+DOOMED = "X 0.125"  # an edit's description
+
+
+@pytest.fixture
+def lab(cluster: None, home: Path) -> Callable[..., Lab]:
+    return lambda kind, *edits, **settings: Lab(home / f"lab-{kind}", kind, *edits, **settings)
+
+
+def environ(pid: int) -> dict[str, str]:
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def below(pid: int) -> Iterator[int]:
+    """A process and all that it started."""
+    yield pid
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from below(int(child))
+
+
+def scorers(wanted: Callable[[dict[str, str]], bool]) -> Iterator[int]:
+    """Processes that score a run whose payload has an environment of this kind."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        seen = environ(int(folder.name))
+        if "AUTORESEARCH_RUN_NAME" not in seen or not wanted(seen):
+            continue
+        for pid in below(int(folder.name)):
+            with contextlib.suppress(OSError):
+                if b"score.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    yield pid
+
+
+@contextlib.contextmanager
+def killing(wanted: Callable[[dict[str, str]], bool]) -> Iterator[None]:
+    """Meanwhile, whatever scores such a run is killed, as a failing node or a guard would."""
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(0.2):
+            for pid in scorers(wanted):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def to_its_end(night: Lab) -> str:
+    process = night.start()
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    return said
+
+
+@KINDS
+def test_an_idea_whose_scorer_dies_wherever_it_runs_is_a_crash_and_no_nodes_fault(lab, kind):
+    scripts = branches(6, 3, nap=2.0)
+    scripts["b1"].append({"description": DOOMED, "set": {"X": 0.125, "NAP": 4.0}})
+    night = lab(kind, scripts=scripts)
+
+    def of_the_idea(seen: dict[str, str]) -> bool:
+        named = [e["experiment"] for e in night.events("proposed")]
+        doomed = [e["id"] for e in named if e["description"] == DOOMED]
+        return any(f"{night.name}-{name}-" in seen["AUTORESEARCH_RUN_NAME"] for name in doomed)
+
+    with killing(of_the_idea):
+        to_its_end(night)
+    night.check_books()
+    state = fold(night.events())
+    (idea,) = [r for r in state.experiments() if r.description == DOOMED]
+    assert idea.verdict == "discard"
+    assert len({run.node for run in idea.runs}) == len(idea.runs) == 2
+    (decision,) = [
+        e["decision"] for e in night.events("decided") if e["decision"]["experiment"] == idea.id
+    ]
+    assert decision["reason"].startswith("crash: died on")
+    assert policy.excluded_nodes(state) == frozenset()
+
+
+@KINDS
+def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kind):
+    night = lab(kind, scripts=branches(8, 2, nap=1.5))
+    with killing(lambda seen: seen.get("SLURMD_NODENAME") == "n2"):
+        to_its_end(night)
+    night.check_books()
+    state = fold(night.events())
+    assert policy.excluded_nodes(state) == {"n2"}
+    assert {r.verdict for r in state.experiments()} == {"keep"}
+    assert len(state.experiments()) == 24
+    dead = [e["result"] for e in night.events("run_ended") if e["result"]["node"] == "n2"]
+    assert {result["status"] for result in dead} == {"infrastructure"}
+    assert len(dead) <= 4  # the two that tell, and what was on its way meanwhile
+
+
+@pytest.fixture
+def small(home: Path, cluster: None) -> Iterator[Path]:
+    """The campaigns of a lab to be, on a disk of their own."""
+    disk = home / "lab-slurm" / "campaigns"
+    disk.mkdir(parents=True)
+    size = f"size={small_disk.SIZE_MB}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_fills_up_pauses_and_loses_nothing(small, lab):
+    night = lab("slurm", *edits(3, nap=3.0))
+    process = night.start()
+    wait_for((night.folder / "runs/e0002/s1-a1/claim.json").exists, 60, "for the second run")
+    filler = small_disk.fill(small, leave_kb=12)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 3, said
+    assert "Traceback" not in said
+    assert "No space left" in said or "MB are free on its disk" in said
+    recorded = (night.folder / "ledger.jsonl").read_bytes()
+    filler.unlink()
+    to_its_end(night)
+    whole = recorded[: recorded.rfind(b"\n") + 1]
+    assert (night.folder / "ledger.jsonl").read_bytes().startswith(whole)
+    assert len(night.events("decided")) == 4
+    night.check_books()
