@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     about = "build and keep the images that runs happen in"
     parser = subparsers.add_parser("image", help=about, description=about)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--store", type=Path, default=images.default_store(), help="image folder")
+    common.add_argument("--store", type=Path, help="image folder (default: executor.images)")
     common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
