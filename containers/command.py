@@ -83,16 +83,6 @@ def build_options(arguments: Mapping[str, str], site: str) -> list[str]:
     return [*(word for option in options for word in option), "--bind", f"{site}:/mnt:ro", *packing]
 
 
-def sign(image: str, key: str) -> list[str]:
-    """Sign with a PEM private key. Changes the file: hash it afterwards."""
-    return ["apptainer", "sign", "--key", key, image]
-
-
-def verify(image: str, key: str) -> list[str]:
-    """Check the signature with a PEM public key."""
-    return ["apptainer", "verify", "--key", key, image]
-
-
 def push(image: str, uri: str) -> list[str]:
     """Push to an oras:// address."""
     return ["apptainer", "push", image, uri]

@@ -1,4 +1,4 @@
-"""Building, signing, pushing and pulling small images with a real Apptainer, as ordinary users."""
+"""Building, pushing and pulling small images with a real Apptainer, as ordinary users."""
 
 from __future__ import annotations
 
@@ -165,25 +165,15 @@ def test_a_file_that_is_not_an_image_of_this_project_is_not_taken_in(someone, ti
     assert not list(someone.store.glob("*.sif"))
 
 
-def test_a_signature_is_checked_and_a_flipped_byte_is_found_with_both_digests(someone, definition):
-    private, public = someone.folder / "private.pem", someone.folder / "public.pem"
-    other = someone.folder / "other.pem"
-    for secret, shown in ((private, public), (someone.folder / "p2.pem", other)):
-        someone.run("openssl", "genrsa", "-out", secret, "2048")
-        someone.run("openssl", "rsa", "-in", secret, "-pubout", "-out", shown)
-    someone.image("build", definition(), "--tag", "signed", "--key", private)
-    image = someone.find("signed")
-    images.check(image)  # its sha256 is that of the signed file
-    assert "Signature valid" in someone.image("verify", "signed", "--key", public).stdout
-    wrong = someone.image("verify", "signed", "--key", other, check=False)
-    assert "signature" in wrong.stderr
-    assert wrong.returncode == 1
+def test_a_flipped_byte_is_found_with_both_digests(someone, definition):
+    someone.image("build", definition(), "--tag", "small")
+    image = someone.find("small")
     path = Path(image.path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.chmod(0o755)
     path.write_bytes(content)
-    changed = someone.image("verify", "signed", check=False)
+    changed = someone.image("verify", "small", check=False)
     assert changed.returncode == 1
     for digest in (image.sha256, images.sha256(path)):
         assert digest in changed.stderr

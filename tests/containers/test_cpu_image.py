@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -177,40 +176,9 @@ def test_a_second_user_runs_from_the_same_image(cpu_image: Image, reachable: Pat
     assert run(other, cpu_image, runs.HONEST)["status"] == "ok"
 
 
-RESEAL = """
-import sys
-from pathlib import Path
-from containers import build
-store, name, trainer = sys.argv[1:]
-build.reseal(Path(store), name, "resealed", trainer=Path(trainer))
-"""
-
-
-def test_another_evaluator_is_sealed_in_without_building_the_rest_anew(
-    cpu_image: Image, someone: Person
-):
-    trainer = someone.folder / "trainer"
-    seal.copy_sealed(ROOT / "trainer", trainer)
-    with (trainer / "prepare.py").open("a") as file:
-        file.write("# another version\n")
-    someone.run("mkdir", someone.store)
-    for path in (Path(cpu_image.path), Path(cpu_image.path).with_suffix(".json")):
-        os.link(path, someone.store / path.name)
-    python_as(someone.name, "-c", RESEAL, someone.store, cpu_image.sha256, trainer)
-    resealed = someone.find("resealed")
-    images.check_evaluator(resealed, seal.evaluator_sha256(trainer))
-    assert resealed.definition_sha256 == cpu_image.definition_sha256
-    assert resealed.packages == cpu_image.packages
-    assert resealed.definition == cpu_image.definition
-    assert resealed.origin == f"resealed from {cpu_image.sha256[:16]}"
-    script = "ls /opt/autoresearch; tail -1 /opt/autoresearch/trainer/prepare.py"
-    shown = someone.run(*command.plain(resealed.path, ["sh", "-c", script])).stdout.split("\n")
-    assert shown[:-1] == ["inside.py", "seal.py", "trainer", "venv", "# another version"]
-
-
 def test_doctor_starts_a_container_as_a_run_has_it(cpu_image: Image, someone: Person):
     store = Path(cpu_image.path).parent
     argv = ["doctor", "--store", store, "--image", cpu_image.sha256, "--json"]
-    told = python_as(someone.name, "-m", "containers.cli", "image", *argv)
+    told = python_as(someone.name, "-m", "jobs.cli", "image", *argv)
     last = json.loads(told.stdout)[-1]
     assert (last["check"], last["status"]) == ("container", "ok"), last
