@@ -30,6 +30,18 @@ def account(name: str) -> str:
     return name
 
 
+def for_group_only(name: str, folder: Path) -> None:
+    """Let a group, of which that user is made a member, read the folder, and nobody else."""
+    account(name)
+    for argv in (
+        ("groupadd", "--force", "apptesters"),
+        ("usermod", "-aG", "apptesters", name),
+        ("chgrp", "-R", "apptesters", folder),
+        ("chmod", "-R", "g+rX,g-w,o-rwx", folder),
+    ):
+        subprocess.run([str(word) for word in argv], check=True)
+
+
 def run_as(
     name: str, argv: Sequence[str | Path], check: bool = True, **env: str
 ) -> subprocess.CompletedProcess:

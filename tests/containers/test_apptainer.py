@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import registry
-from accounts import account
+import small
+from accounts import for_group_only
 from conftest import Person, person
+from small import LABELS
 
 from containers import apptainer, command, images
 from containers.apptainer import ImageError
@@ -17,60 +19,11 @@ from containers.images import Image
 
 pytestmark = pytest.mark.cluster
 
-LABELS = {"autoresearch.protocol": "1", "autoresearch.evaluator.sha256": "e" * 64}
-LABELS |= {"autoresearch.flash_attn": "none"}
-DEFINITION = """\
-Bootstrap: localimage
-From: {root}
-
-%arguments
-    CONTEXT=.
-    RECIPE=by-hand
-    WORD=hello
-
-%files
-    {{{{ CONTEXT }}}}/containers/seal.py /seal.py
-
-%post
-    echo "{{{{ WORD }}}}" > /word
-    echo "autoresearch.definition.sha256 {{{{ RECIPE }}}}" >> "$APPTAINER_LABELS"
-    {post}
-
-%labels
-    {labels}
-"""
-
 
 @pytest.fixture
-def root(someone: Person) -> Path:
-    """A root file system of a shell and a program that answers as an image of the project does."""
-    root = someone.folder / "root"
-    script = f"""
-        mkdir -p {root}/bin {root}/opt/autoresearch/venv/bin {root}/tmp {root}/mnt && cd {root}
-        cp /bin/sh /bin/cat bin/
-        for library in $(ldd /bin/sh /bin/cat | grep -o '/lib[^ ]*' | sort -u); do
-            cp --parents "$library" .
-        done
-        printf '#!/bin/sh\\ncat /report.json\\n' > opt/autoresearch/venv/bin/python
-        chmod 755 opt/autoresearch/venv/bin/python
-    """
-    someone.run("sh", "-ec", script)
-    report = json.dumps({"labels": LABELS, "packages": ["torch==9", "deb:gcc=12"]})
-    (root / "report.json").write_text(report + "\n")
-    return root
-
-
-@pytest.fixture
-def definition(someone: Person, root: Path):
-    """A function that writes a definition on that root: definition(post='', labels=...)."""
-
-    def write(post: str = ":", labels: dict[str, str] = LABELS) -> Path:
-        path = someone.folder / "small.def"
-        lines = "\n    ".join(f"{name} {text}" for name, text in labels.items())
-        path.write_text(DEFINITION.format(root=root, post=post, labels=lines))
-        return path
-
-    return write
+def definition(someone: Person):
+    """A function that writes a small definition: definition(post='', labels=...)."""
+    return functools.partial(small.write, small.make_root(someone.folder, someone.run))
 
 
 def word_in(person: Person, image: Image) -> str:
@@ -183,11 +136,7 @@ def test_a_second_user_verifies_and_runs_from_a_store_that_the_group_may_read(
     someone, definition, reachable
 ):
     someone.image("build", definition(), "--tag", "small")
-    account("apptester2")
-    subprocess.run(["groupadd", "--force", "apptesters"], check=True)
-    subprocess.run(["usermod", "-aG", "apptesters", "apptester2"], check=True)
-    subprocess.run(["chgrp", "-R", "apptesters", someone.store], check=True)
-    subprocess.run(["chmod", "-R", "o-rwx", someone.store], check=True)
+    for_group_only("apptester2", someone.store)
     other = person("apptester2", reachable / "other", someone.store)
     assert someone.find("small").path in other.image("verify", "small").stdout
     assert word_in(other, other.find("small")) == "hello\n"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import runs
-from accounts import ROOT, python_as
+from accounts import ROOT, for_group_only, python_as
 from conftest import Person, person
 
 from containers import command, images, seal
@@ -171,9 +172,21 @@ def test_the_projects_own_train_py_learns_in_the_image_compiled(cpu_image: Image
     assert result["val_bpb"] < runs.uniform_bpb()
 
 
-def test_a_second_user_runs_from_the_same_image(cpu_image: Image, reachable: Path):
+def test_a_second_user_runs_from_an_image_and_data_that_only_a_group_may_read(
+    cpu_image: Image, someone: Person, reachable: Path
+):
+    shared = someone.folder / "group"
+    shared.mkdir()
+    image = dataclasses.replace(cpu_image, path=str(shutil.copy(cpu_image.path, shared)))
+    data = str(shutil.copytree(runs.data_folder(), shared / "data"))
+    shutil.chown(shared, someone.name)
+    for_group_only("apptester2", shared)
     other = person("apptester2", reachable / "other")
-    assert run(other, cpu_image, runs.HONEST)["status"] == "ok"
+    result = run(other, image, runs.HONEST, data=data)
+    assert (result["status"], result["network"]) == ("ok", "none"), result
+    assert result["val_bpb"] == pytest.approx(runs.uniform_bpb(), abs=1e-6)
+    stranger = person("apptester3", reachable / "stranger")
+    assert run(stranger, image, runs.HONEST, data=data)["status"] == "infrastructure"
 
 
 def test_doctor_starts_a_container_as_a_run_has_it(cpu_image: Image, someone: Person):
