@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import accounts
 import pytest
 import runs
 from accounts import ROOT, for_group_only, python_as
@@ -140,6 +141,31 @@ def test_the_program_sees_its_own_folders_and_nothing_of_its_host(
     assert (result["status"], result["isolation"]) == ("crash", "apptainer")
 
 
+def test_a_program_reads_what_the_site_binds_and_writes_on_the_nodes_own_disk(
+    cpu_image: Image, someone: Person
+):
+    more, disk = someone.folder / "more", someone.folder / "disk"
+    for folder in (more, disk):
+        folder.mkdir()
+        shutil.chown(folder, someone.name)
+    (more / "word").write_text("bound")
+    program = f"""
+import os
+print("READ", open("{more}/word").read())
+try:
+    open("{more}/new", "w")
+except OSError as error:
+    print("REFUSED", error.strerror)
+open("/autoresearch/scratch/model.safetensors", "w").write("weights")
+{runs.HONEST}"""
+    argv = command.program_template(cpu_image.path, binds=[str(more)])
+    result = run(someone, cpu_image, program, program_argv=argv, scratch=str(disk))
+    assert result["status"] == "ok", result
+    assert "READ bound\nREFUSED Read-only file system" in result["log"]
+    assert (someone.folder / "run" / "model.safetensors").read_text() == "weights"
+    assert not list(disk.iterdir())
+
+
 def test_exit_status_255_is_the_programs_own_once_it_has_started(cpu_image: Image, someone: Person):
     result = run(someone, cpu_image, "import sys; sys.exit(255)")
     assert (result["status"], result["exit_code"]) == ("crash", 255)
@@ -151,6 +177,20 @@ def test_a_container_that_does_not_start_is_infrastructure(cpu_image: Image, som
     assert result["status"] == "infrastructure"
     assert "the container did not start" in result["reason"]
     assert ".gone" in result["reason"]
+
+
+def test_a_kernel_that_refuses_to_take_the_network_away_is_told_with_the_setting(
+    cpu_image: Image, someone: Person, monkeypatch: pytest.MonkeyPatch
+):
+    limit = 'echo 0 > /proc/sys/user/max_net_namespaces; exec "$@"'
+    walls = ["unshare", "--user", "--map-root-user", "sh", "-c", limit, "sh"]
+    plainly = accounts.run_as
+    monkeypatch.setattr(
+        accounts, "run_as", lambda name, argv, **more: plainly(name, [*walls, *argv], **more)
+    )
+    result = run(someone, cpu_image, runs.HONEST)
+    assert result["status"] == "infrastructure"
+    assert "executor.allow_network" in result["reason"], result["reason"]
 
 
 def test_what_a_program_writes_anywhere_is_held_to_its_limit(cpu_image: Image, someone: Person):

@@ -319,7 +319,9 @@ CONTAINER = """#!/bin/sh
 # Stands in for a container's own command line: does what one does at its start, then runs the rest.
 case "$1" in
     broken) echo "FATAL: no such image" >&2; exit 255;;
-    refused) echo "ERROR  : Failed to create network namespace: not permitted" >&2; exit 1;;
+    refused)
+        printf '\\033[91mERROR  : Failed to create network namespace: refused\\n\\033[0m\\n' >&2
+        exit 1;;
 esac
 : > "$2/.started"; shift 2
 exec env "$@"

@@ -20,6 +20,7 @@ OUT_OF_MEMORY = re.compile(
     r"|.*DefaultCPUAllocator: (not enough|can't allocate) memory)",
     re.M,
 )
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ACCOUNT_STATES = {
     "invalid": "invalid",
     "overtime": "timeout",
@@ -147,6 +148,7 @@ def scored_value(line: str, metric: str) -> float:
 
 def last_line(text: str) -> str:
     """The last line that says something, printable, at most 300 characters."""
+    text = COLOURS.sub("", text)  # Apptainer's last line may be nothing but the end of one
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return printable(lines[-1]) if lines else "it printed nothing"
 
