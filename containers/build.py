@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +55,8 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        """Of definition, arguments and scripts. Images of equal hash have the same base, as far as
-        the mirrors serve the same packages, and any may be resealed to another evaluator."""
+        """Of definition, arguments and scripts. Images of equal hash are alike but for their
+        evaluator, as far as the mirrors serve the same packages."""
         parts = {
             "definition": self.definition.read_text(),
             "arguments": dict(self.arguments),
@@ -83,19 +83,8 @@ def apt_mirror(sources: Path = Path("/etc/apt")) -> str:
     return found[1] if found else ""
 
 
-def build(
-    store: Path,
-    tag: str,
-    recipe: Recipe,
-    site: Site | None = None,
-    key: Path | None = None,
-    like: Callable[[Image], Image] | None = None,
-) -> Image:
+def build(store: Path, tag: str, recipe: Recipe, site: Site | None = None) -> Image:
     """Build, test and tag an image. The log stays in the store beside it.
-
-    Args:
-        key: PEM private key to sign with.
-        like: what is recorded in place of what was found.
 
     Raises:
         ImageError: an argument that the definition does not have, a failed build, an image that
@@ -114,37 +103,12 @@ def build(
         arguments |= recipe.arguments
         options = command.build_options(arguments, str(context / "site"))
         apptainer.build(recipe.definition, draft, options, log)
-        if key:  # changes the file: before its hash is taken
-            apptainer.run(command.sign(str(draft), str(key)), f"Signing {draft}")
         found = describe(draft, f"built from {recipe.definition.name}")
         found = dataclasses.replace(found, arguments=dict(recipe.arguments))
-        image = images.add(store, draft, like(found) if like else found)
+        image = images.add(store, draft, found)
         log.replace(Path(image.path).with_suffix(".log"))
     images.tag(store, image.sha256, tag)
     return image
-
-
-def reseal(
-    store: Path, name: str, tag: str, key: Path | None = None, trainer: Path = TRAINER
-) -> Image:
-    """An image with this version's evaluator in place of its own: a minute, not a build's hours.
-
-    Raises:
-        ImageError: as `build`; or the image to start from is missing or has changed.
-    """
-    base = images.find(store, name)
-    images.check(base)
-
-    def like(found: Image) -> Image:  # its base's definition builds all of it
-        return dataclasses.replace(
-            found,
-            origin=f"resealed from {base.sha256[:16]}",
-            definition=base.definition,
-            arguments=base.arguments,
-        )
-
-    recipe = Recipe(HERE / "reseal.def", trainer, {"FROM": base.path})
-    return build(store, tag, recipe, key=key, like=like)
 
 
 def describe(file: Path, origin: str) -> Image:
@@ -184,15 +148,13 @@ def buildable(definition: str, labels: Mapping[str, str]) -> str:
     return re.sub(rf"\S*/{CONTEXT_PREFIX}[^/\s]+", "{{ CONTEXT }}", definition)
 
 
-def verify(image: Image, key: Path | None = None) -> None:
-    """Bytes, labels against contents, imports and, with a PEM public key, the signature.
+def verify(image: Image) -> None:
+    """Bytes, labels against contents, and imports.
 
     Raises:
         ImageError: the first of these that does not hold.
     """
     images.check(image)
-    if key:
-        apptainer.run(command.verify(image.path, str(key)), f"Verifying {image.path}'s signature")
     describe(Path(image.path), image.origin)
 
 

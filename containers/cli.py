@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from containers import build, doctor, images, remote
 from containers.apptainer import ImageError
 from containers.images import Image
-from jobs.errors import AutoresearchError
 
 MEANING = {
     "image": "a tag, or a sha256 (its first 8 digits will do)",
@@ -27,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     about = "build and keep the images that runs happen in"
     parser = subparsers.add_parser("image", help=about, description=about)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--store", type=Path, default=images.default_store(), help="image folder")
+    common.add_argument("--store", type=Path, help="image folder (default: executor.images)")
     common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
@@ -40,16 +38,11 @@ def add_parser(subparsers: Any) -> None:
         return made
 
     _add_build(verb("build", "build an image from containers/NAME.def, or from a file"))
-    one = verb("reseal", "put this version's evaluator into a built image", "image")
-    one.add_argument("--tag", required=True, help="what it is called here")
-    one.add_argument("--key", type=Path, help="PEM private key to sign with")
     verb("list", "tags and images of the store")
     verb("inspect", "all that is known of an image", "image")
-    one = verb("verify", "its bytes, its labels against its contents, its imports", "image")
-    one.add_argument("--key", type=Path, help="PEM public key: the signature too")
+    verb("verify", "its bytes, its labels against its contents, its imports", "image")
     one = verb("pull", "fetch an image: oras://host/name:tag or @sha256:..., or a file", "source")
     one.add_argument("--tag", required=True, help="what it is called here")
-    one.add_argument("--key", type=Path, help="PEM public key that must have signed it")
     verb("push", "send an image to a registry, and record its digest there", "image", "address")
     verb("tag", "let NEW mean this image", "image", "new")
     one = verb("doctor", "what stands in Apptainer's way on this machine")
@@ -60,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the verb that `add_parser` understood. Returns the exit status.
 
     Raises:
-        AutoresearchError: in words, what failed.
+        ImageError: in words, what failed.
     """
     try:
         value, text = _VERBS[args.verb](args)
@@ -83,7 +76,6 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca-bundle", type=Path, help="the site's certificates (PEM), for pip")
     parser.add_argument("--pip-conf", type=Path, help="the site's package index")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to prefer")
-    parser.add_argument("--key", type=Path, help="PEM private key to sign with")
 
 
 def _build(args: argparse.Namespace) -> tuple[Any, str]:
@@ -96,13 +88,8 @@ def _build(args: argparse.Namespace) -> tuple[Any, str]:
         raise ImageError(f"--set {wrong[0]}: write NAME=VALUE")
     recipe = build.Recipe(definition, arguments=dict(item.split("=", 1) for item in args.set))
     site = build.Site(args.ca_bundle, args.pip_conf, args.wheels)
-    image = build.build(args.store, args.tag or definition.stem, recipe, site, args.key)
+    image = build.build(args.store, args.tag or definition.stem, recipe, site)
     return _plain(image), _line(args.tag or definition.stem, image)
-
-
-def _reseal(args: argparse.Namespace) -> tuple[Any, str]:
-    image = build.reseal(args.store, args.image, args.tag, args.key)
-    return _plain(image), _line(args.tag, image)
 
 
 def _list(args: argparse.Namespace) -> tuple[Any, str]:
@@ -121,13 +108,12 @@ def _inspect(args: argparse.Namespace) -> tuple[Any, str]:
 
 def _verify(args: argparse.Namespace) -> tuple[Any, str]:
     image = images.find(args.store, args.image)
-    build.verify(image, args.key)
-    said = " Signature valid." if args.key else ""
-    return _plain(image), f"{image.path} is sha256 {image.sha256}, as recorded; it starts.{said}"
+    build.verify(image)
+    return _plain(image), f"{image.path} is sha256 {image.sha256}, as recorded; it starts."
 
 
 def _pull(args: argparse.Namespace) -> tuple[Any, str]:
-    image = remote.pull(args.store, args.source, args.tag, args.key)
+    image = remote.pull(args.store, args.source, args.tag)
     return _plain(image), _line(args.tag, image)
 
 
@@ -156,7 +142,6 @@ def _doctor(args: argparse.Namespace) -> tuple[Any, str]:
 
 _VERBS = {
     "build": _build,
-    "reseal": _reseal,
     "list": _list,
     "inspect": _inspect,
     "verify": _verify,
@@ -178,18 +163,3 @@ def _plain(image: Image) -> dict[str, Any]:
 def _line(tag: str, image: Image) -> str:
     size = f"{image.size / 1e6:.0f} MB"
     return f"{tag:20} {image.sha256[:16]}  {size:>9}  {image.made['time']}  {image.origin}"
-
-
-def run() -> int:
-    """`python -m containers.cli ...`: the same verbs without the rest of the project."""
-    parser = argparse.ArgumentParser(prog="autoresearch")
-    add_parser(parser.add_subparsers(required=True))
-    try:
-        return main(parser.parse_args())
-    except AutoresearchError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    raise SystemExit(run())

@@ -38,7 +38,9 @@ class Mount:
         return "--mount=" + ",".join('"' + field.replace('"', '""') + '"' for field in fields)
 
 
-def program_template(image: str, *, gpu: bool = False, network: bool = False) -> tuple[str, ...]:
+def program_template(
+    image: str, *, gpu: bool = False, network: bool = False, binds: Sequence[str] = ()
+) -> tuple[str, ...]:
     """What stands in front of a program's (or scorer's) command: task.program_argv.
 
     The wrapper puts host folders for "{program}", "{scratch}" and so on, leaves out the elements of
@@ -48,6 +50,7 @@ def program_template(image: str, *, gpu: bool = False, network: bool = False) ->
         gpu: --nv. CUDA_VISIBLE_DEVICES is always explicit, by the environment.
         network: leave the host's network in, for a setuid installation that refuses to take it
             away. Only by explicit choice of the site, and every result must say so.
+        binds: more folders of the host, read-only and at the same paths.
     """
     temporary = [
         # Apptainer's own are 64 MB (/tmp) and half the memory (/dev/shm); this one is bounded.
@@ -55,7 +58,8 @@ def program_template(image: str, *, gpu: bool = False, network: bool = False) ->
         for place in ("/tmp", "/var/tmp", "/dev/shm")
     ]
     start = ["/usr/bin/env", "{env}", f"PATH={PATH}", "/bin/sh", "-c", START, "sh"]
-    return _template(image, [*_roles(PROGRAM_ROLES), *temporary], gpu, network, start)
+    mounts = [*_roles(PROGRAM_ROLES), *temporary, *(Mount(path, path) for path in binds)]
+    return _template(image, mounts, gpu, network, start)
 
 
 def referee_template(image: str, *, network: bool = False) -> tuple[str, ...]:
@@ -77,16 +81,6 @@ def build_options(arguments: Mapping[str, str], site: str) -> list[str]:
     # import torch from, 3 % larger.
     packing = ("--mksquashfs-args", "-comp zstd -Xcompression-level 3")
     return [*(word for option in options for word in option), "--bind", f"{site}:/mnt:ro", *packing]
-
-
-def sign(image: str, key: str) -> list[str]:
-    """Sign with a PEM private key. Changes the file: hash it afterwards."""
-    return ["apptainer", "sign", "--key", key, image]
-
-
-def verify(image: str, key: str) -> list[str]:
-    """Check the signature with a PEM public key."""
-    return ["apptainer", "verify", "--key", key, image]
 
 
 def push(image: str, uri: str) -> list[str]:

@@ -53,8 +53,10 @@ class Image:
         return self.labels.get("autoresearch.definition.sha256", "by-hand")
 
 
-def default_store() -> Path:
-    """$AUTORESEARCH_IMAGES, else a folder below the home: a site sets a group's folder instead."""
+def default_store(setting: str | None = None) -> Path:
+    """executor.images, else $AUTORESEARCH_IMAGES, else a folder below the home."""
+    if setting:
+        return Path(setting).expanduser().absolute()
     home = Path.home() / ".local" / "share" / "autoresearch" / "images"
     return Path(os.environ.get("AUTORESEARCH_IMAGES") or home)
 
@@ -102,7 +104,7 @@ def find(store: Path, name: str) -> Image:
     known = ", ".join(tags(store)) or "none"
     raise ImageError(
         f"No image {name!r} in {store} (tags there: {known}). Build it (autoresearch image build), "
-        "pull it by its digest, or name another store (--store, AUTORESEARCH_IMAGES)."
+        "pull it by its digest, or name another store (--store, executor.images)."
     )
 
 

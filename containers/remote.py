@@ -25,14 +25,11 @@ _ORAS = re.compile(
 _MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json"
 
 
-def pull(store: Path, uri: str, tag: str, key: Path | None = None) -> Image:
+def pull(store: Path, uri: str, tag: str) -> Image:
     """Fetch an image of this project into the store: oras://host/name[:tag|@sha256:...], or a file.
 
-    Args:
-        key: PEM public key; the signature must be of it.
-
     Raises:
-        ImageError: not there, not whole, not signed so, or not an image of this project.
+        ImageError: not there, not whole, or not an image of this project.
     """
     with build.fresh(store) as (draft, log):
         local = Path(uri)
@@ -40,8 +37,6 @@ def pull(store: Path, uri: str, tag: str, key: Path | None = None) -> Image:
             shutil.copyfile(local, draft)
         else:
             apptainer.pull(uri, draft, log)
-        if key:
-            apptainer.run(command.verify(str(draft), str(key)), f"Verifying {uri}'s signature")
         image = build.describe(draft, f"pulled from {uri}")
         if found := None if local.is_file() else _digest(uri, image.sha256):
             image = dataclasses.replace(image, registry={_bare(uri): found})

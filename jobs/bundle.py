@@ -144,7 +144,7 @@ def _command(one: Original, clone: Clone, records: Mapping[str, bytes], draft: P
     length, scale = materialise.budget(chosen), chosen.data.scale
     again = Run(one.experiment.id, one.run.seed, one.run.attempt, length, scale)
     task = materialise.task(site, clone.state, one.experiment, again, Path(OUT)).to_json()
-    task |= {"program": f"{HERE}/program", "python": None}
+    task |= {"program": f"{HERE}/program", "python": None, "scratch": None}
     task["isolation"] = "none" if contained else "auto"  # the container is the wall
     (draft / "task.json").write_text(json.dumps(task, indent=1))
     script = draft / "run.sh"

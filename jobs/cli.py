@@ -93,10 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     _branch_options(add, looking)
     add("compare", "branches side by side: what each tried, found, and cost", asking)
     _again_options(add, looking, asking)
-    from containers import cli as image
+    from containers import cli as images
 
-    image.add_parser(commands)
-    COMMANDS["image"] = image.main
+    images.add_parser(commands)
     return parser
 
 
@@ -505,6 +504,18 @@ def bundle(arguments: argparse.Namespace) -> int:
     target = arguments.to or Path(f"{clone.state.campaign}-{record.id}")
     print(f"{bundle.make(clone, record, target)}/run.sh runs it")
     return 0
+
+
+@command
+def image(arguments: argparse.Namespace) -> int:
+    from containers import cli, images
+    from jobs import config
+
+    if arguments.store is None:  # a lab's own, where this is one
+        here = Path("campaign.yaml")
+        chosen = config.load(here).executor.images if here.exists() else None
+        arguments.store = images.default_store(chosen)
+    return cli.main(arguments)
 
 
 # -- finding things -------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ class Executor:
     kind: Literal["local", "slurm", "allocation"] = _says("local", "local, slurm or allocation")
     slots: Count = _says(1, "runs in flight at once, all branches together")
     image: str | None = _says(None, "the container image's tag; null: no container")
+    images: str | None = _says(None, "image store; null: $AUTORESEARCH_IMAGES, else in the home")
     python: str | None = _says(None, "interpreter of the runs; null: the controller's own")
     threads: Count | None = _says(None, "CPU threads of a run; null: its share of the cores")
     isolation: Literal["auto", "namespaces", "none", "apptainer"] = _says(
@@ -139,7 +140,10 @@ class Executor:
     nodes: Count = _says(1, "allocation: nodes to hold")
     hold_hours: Positive = _says(12.0, "allocation: how long one holder keeps its nodes")
     setup: tuple[str, ...] = _says((), "shell lines before a run: modules, proxy, PATH")
-    binds: tuple[str, ...] = _says((), "more read-only folders to bind into the container")
+    binds: tuple[str, ...] = _says((), "more folders that the program may read, at their own paths")
+    scratch: str | None = _says(
+        None, "folder on the node's own disk for scratch files ($TMPDIR); null: run folder"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -295,7 +299,11 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
         ConfigError: with every wrong value, its path in the file and what is allowed.
         UserError: the file is missing or cannot be read.
     """
-    return parse(_yaml(path), str(path), environ)
+    remedy = (
+        "`autoresearch init` writes one; in a clone without one, --campaign NAME says which "
+        "campaign is meant"
+    )
+    return parse(_yaml(path, remedy), str(path), environ)
 
 
 def parse(
@@ -352,14 +360,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(path: Path, remedy: str) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(
-            f"{path} could not be read: {error.strerror}. `autoresearch init` writes one; in a "
-            "clone without one, --campaign NAME says which campaign is meant"
-        ) from error
+        raise UserError(f"{path} could not be read: {error.strerror}. {remedy}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -374,11 +379,7 @@ def _inherit(data: dict[str, Any], name: str) -> dict[str, Any]:
     """`data` with branches completed by the campaign's agent and the executor by the site."""
     data = dict(data)
     if "site" in data:
-        site = data.pop("site")
-        if isinstance(site, str):
-            site = _yaml(Path(name).parent / site)
-        if not isinstance(site, dict):
-            raise ConfigError(_report(name, [f"site: {site!r} is neither a file nor a mapping"]))
+        site = _site(data.pop("site"), name)
         if isinstance(executor := data.get("executor", {}), dict):
             data["executor"] = site | executor
     branches, agent = data.get("branches"), data.get("agent", {})
@@ -387,6 +388,27 @@ def _inherit(data: dict[str, Any], name: str) -> dict[str, Any]:
     if isinstance(branches, dict) and isinstance(agent, dict):
         data["branches"] = {key: _completed(value, agent) for key, value in branches.items()}
     return data
+
+
+def _site(site: Any, name: str) -> dict[str, Any]:
+    """What `site:` of the file `name` holds or names; its errors name the file they are in.
+
+    Raises:
+        ConfigError, UserError: as `load`.
+    """
+    place, path = name, "site."
+    if isinstance(site, str):
+        file = Path(name).parent / Path(site).expanduser()
+        site = _yaml(file, f"`site:` in {name} names it, as seen from there")
+        place, path = str(file), ""
+    if not isinstance(site, dict):
+        raise ConfigError(_report(name, [f"site: {site!r} is neither a file nor a mapping"]))
+    try:
+        TypeAdapter(Executor).validate_json(json.dumps(site, default=str))
+    except ValidationError as error:
+        found = [path + _words(item, Executor) for item in error.errors(include_url=False)]
+        raise ConfigError(_report(place, found)) from None
+    return site
 
 
 def _completed(branch: Any, agent: dict[str, Any]) -> Any:
@@ -423,12 +445,12 @@ def _once(errors: list[Any]) -> list[Any]:
     return [e for e in errors if not (e["loc"][0] == "branches" and e["loc"][2:] in own)]
 
 
-def _words(error: Any) -> str:
+def _words(error: Any, kind: Any = Config) -> str:
     """'executor.slots: 0 is not allowed: should be greater than or equal to 1'."""
     places = [p for p in error["loc"] if p != "[key]" and not str(p).startswith("function-")]
     path = ".".join(str(p) if str(p).isprintable() else repr(p) for p in places)
     if error["type"] == "unexpected_keyword_argument":
-        allowed = _keys(places[:-1])
+        allowed = _keys(places[:-1], kind)
         near = difflib.get_close_matches(str(places[-1]), allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
         return f"{path}: there is no such setting; {hint}"
@@ -438,9 +460,8 @@ def _words(error: Any) -> str:
     return f"{path}: {error['input']!r} is not allowed: {said}"
 
 
-def _keys(path: list[Any]) -> list[str]:
-    """The settings that are allowed at `path`."""
-    kind: Any = Config
+def _keys(path: list[Any], kind: Any) -> list[str]:
+    """The settings that are allowed at `path` of a `kind`."""
     for place in path:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if place in hints:  # else a name of one's own: dict[Name, Branch] is Branch already

@@ -24,7 +24,7 @@ def contained(site: Site, by: str | None = None) -> Site:
     name = by or executor.image
     if name is None:
         raise UserError("executor.image: no image is named")
-    image = images.find(images.default_store(), name)
+    image = images.find(images.default_store(executor.images), name)
     images.check(image)
     images.check_evaluator(image, site.facts["evaluator_sha256"])
     gpu = image.labels.get("autoresearch.cuda", "none") != "none"
@@ -39,7 +39,9 @@ def contained(site: Site, by: str | None = None) -> Site:
         site,
         facts=facts,
         image=image,
-        program_argv=command.program_template(image.path, gpu=gpu, network=network),
+        program_argv=command.program_template(
+            image.path, gpu=gpu, network=network, binds=executor.binds
+        ),
         referee_argv=command.referee_template(image.path, network=network),
         python=command.PYTHON,
         trainer=Path(command.SEALED),
@@ -72,7 +74,7 @@ def records(image: images.Image | None) -> dict[str, bytes]:
 
 
 def recorded(
-    sha256: str, tag: str, address: str | None, kept: str, note: Callable[[str], None]
+    store: Path, sha256: str, tag: str, address: str | None, kept: str, note: Callable[[str], None]
 ) -> str:
     """The sha256 of the image that a commit names, once it is in the store: it decides.
 
@@ -84,7 +86,6 @@ def recorded(
     Raises:
         ImageError: it is not to be had, and how one like it is built; or the registry's is another.
     """
-    store = images.default_store()
     try:
         there = Path(images.find(store, sha256).path).exists()
     except apptainer.ImageError:

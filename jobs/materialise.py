@@ -115,6 +115,8 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         isolation="apptainer" if site.program_argv else config.executor.isolation,
         program_argv=site.program_argv,
         referee_argv=site.referee_argv,
+        readable=config.executor.binds,
+        scratch=config.executor.scratch,
         threads=threads(config),
         cache=str(cache) if cache and cache.exists() else None,
         cache_mb=config.disk.cache_mb,

@@ -92,13 +92,15 @@ def checked_site(
     sha256 = one.fact("Container-SHA256")
     if sha256 is None:
         return made
+    from containers import images
     from containers.apptainer import ImageError
     from jobs import container
 
+    store = images.default_store(chosen.executor.images)
     known = one.fact("Container-Tag") or "", one.fact("Registry-Digest")
     kept = names.records_ref(one.trailers["Campaign"])
     try:
-        by = wish.image or container.recorded(sha256, *known, kept, note)
+        by = wish.image or container.recorded(store, sha256, *known, kept, note)
         return container.contained(made, by)
     except ImageError as error:
         raise UserError(str(error)) from error  # exit status 1 says that it was not reproduced

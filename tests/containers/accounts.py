@@ -15,7 +15,8 @@ from pathlib import Path
 from containers import build, images, seal
 from containers.images import Image
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 # Outlives the test run, so that the minutes of a build are spent once for each recipe.
 CACHE = Path(os.environ.get("AUTORESEARCH_TEST_IMAGES", "/var/tmp/autoresearch-test-images"))
 
@@ -27,6 +28,18 @@ def account(name: str) -> str:
     except KeyError:
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", name], check=True)
     return name
+
+
+def for_group_only(name: str, folder: Path) -> None:
+    """Let a group, of which that user is made a member, read the folder, and nobody else."""
+    account(name)
+    for argv in (
+        ("groupadd", "--force", "apptesters"),
+        ("usermod", "-aG", "apptesters", name),
+        ("chgrp", "-R", "apptesters", folder),
+        ("chmod", "-R", "g+rX,g-w,o-rwx", folder),
+    ):
+        subprocess.run([str(word) for word in argv], check=True)
 
 
 def run_as(
@@ -87,9 +100,10 @@ def cpu_image() -> Image:
     owner = account("apptester")
     CACHE.mkdir(exist_ok=True)
     shutil.chown(CACHE, owner)
-    argv = ["reseal", known[-1].sha256] if known else ["build", "cpu", *site_options()]
+    again = [HERE / "reseal.def", "--set", f"FROM={known[-1].path}"] if known else []
+    argv = again or ["cpu", *site_options()]
     options = ["--tag", "cpu", "--store", CACHE, "--json"]
-    built = python_as(owner, "-m", "containers.cli", "image", *argv, *options)
+    built = python_as(owner, "-m", "jobs.cli", "image", "build", *argv, *options)
     for old in images.every(CACHE)[:-3]:  # half a gigabyte each
         for ending in (".sif", ".json", ".log"):
             Path(old.path).with_suffix(ending).unlink(missing_ok=True)

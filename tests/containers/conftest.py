@@ -32,7 +32,7 @@ class Person:
     def image(self, *argv: str | Path, check: bool = True, **env: str):
         """`autoresearch image ...` on this user's store."""
         verb, *rest = argv
-        full = ["-m", "containers.cli", "image", verb, "--store", self.store, *rest]
+        full = ["-m", "jobs.cli", "image", verb, "--store", self.store, *rest]
         return python_as(self.name, *full, check=check, **env)
 
     def find(self, name: str) -> Image:

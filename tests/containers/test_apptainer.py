@@ -1,15 +1,17 @@
-"""Building, signing, pushing and pulling small images with a real Apptainer, as ordinary users."""
+"""Building, pushing and pulling small images with a real Apptainer, as ordinary users."""
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import registry
-from accounts import account
+import small
+from accounts import for_group_only
 from conftest import Person, person
+from small import LABELS
 
 from containers import apptainer, command, images
 from containers.apptainer import ImageError
@@ -17,60 +19,11 @@ from containers.images import Image
 
 pytestmark = pytest.mark.cluster
 
-LABELS = {"autoresearch.protocol": "1", "autoresearch.evaluator.sha256": "e" * 64}
-LABELS |= {"autoresearch.flash_attn": "none"}
-DEFINITION = """\
-Bootstrap: localimage
-From: {root}
-
-%arguments
-    CONTEXT=.
-    RECIPE=by-hand
-    WORD=hello
-
-%files
-    {{{{ CONTEXT }}}}/containers/seal.py /seal.py
-
-%post
-    echo "{{{{ WORD }}}}" > /word
-    echo "autoresearch.definition.sha256 {{{{ RECIPE }}}}" >> "$APPTAINER_LABELS"
-    {post}
-
-%labels
-    {labels}
-"""
-
 
 @pytest.fixture
-def root(someone: Person) -> Path:
-    """A root file system of a shell and a program that answers as an image of the project does."""
-    root = someone.folder / "root"
-    script = f"""
-        mkdir -p {root}/bin {root}/opt/autoresearch/venv/bin {root}/tmp {root}/mnt && cd {root}
-        cp /bin/sh /bin/cat bin/
-        for library in $(ldd /bin/sh /bin/cat | grep -o '/lib[^ ]*' | sort -u); do
-            cp --parents "$library" .
-        done
-        printf '#!/bin/sh\\ncat /report.json\\n' > opt/autoresearch/venv/bin/python
-        chmod 755 opt/autoresearch/venv/bin/python
-    """
-    someone.run("sh", "-ec", script)
-    report = json.dumps({"labels": LABELS, "packages": ["torch==9", "deb:gcc=12"]})
-    (root / "report.json").write_text(report + "\n")
-    return root
-
-
-@pytest.fixture
-def definition(someone: Person, root: Path):
-    """A function that writes a definition on that root: definition(post='', labels=...)."""
-
-    def write(post: str = ":", labels: dict[str, str] = LABELS) -> Path:
-        path = someone.folder / "small.def"
-        lines = "\n    ".join(f"{name} {text}" for name, text in labels.items())
-        path.write_text(DEFINITION.format(root=root, post=post, labels=lines))
-        return path
-
-    return write
+def definition(someone: Person):
+    """A function that writes a small definition: definition(post='', labels=...)."""
+    return functools.partial(small.write, small.make_root(someone.folder, someone.run))
 
 
 def word_in(person: Person, image: Image) -> str:
@@ -165,25 +118,15 @@ def test_a_file_that_is_not_an_image_of_this_project_is_not_taken_in(someone, ti
     assert not list(someone.store.glob("*.sif"))
 
 
-def test_a_signature_is_checked_and_a_flipped_byte_is_found_with_both_digests(someone, definition):
-    private, public = someone.folder / "private.pem", someone.folder / "public.pem"
-    other = someone.folder / "other.pem"
-    for secret, shown in ((private, public), (someone.folder / "p2.pem", other)):
-        someone.run("openssl", "genrsa", "-out", secret, "2048")
-        someone.run("openssl", "rsa", "-in", secret, "-pubout", "-out", shown)
-    someone.image("build", definition(), "--tag", "signed", "--key", private)
-    image = someone.find("signed")
-    images.check(image)  # its sha256 is that of the signed file
-    assert "Signature valid" in someone.image("verify", "signed", "--key", public).stdout
-    wrong = someone.image("verify", "signed", "--key", other, check=False)
-    assert "signature" in wrong.stderr
-    assert wrong.returncode == 1
+def test_a_flipped_byte_is_found_with_both_digests(someone, definition):
+    someone.image("build", definition(), "--tag", "small")
+    image = someone.find("small")
     path = Path(image.path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.chmod(0o755)
     path.write_bytes(content)
-    changed = someone.image("verify", "signed", check=False)
+    changed = someone.image("verify", "small", check=False)
     assert changed.returncode == 1
     for digest in (image.sha256, images.sha256(path)):
         assert digest in changed.stderr
@@ -193,11 +136,7 @@ def test_a_second_user_verifies_and_runs_from_a_store_that_the_group_may_read(
     someone, definition, reachable
 ):
     someone.image("build", definition(), "--tag", "small")
-    account("apptester2")
-    subprocess.run(["groupadd", "--force", "apptesters"], check=True)
-    subprocess.run(["usermod", "-aG", "apptesters", "apptester2"], check=True)
-    subprocess.run(["chgrp", "-R", "apptesters", someone.store], check=True)
-    subprocess.run(["chmod", "-R", "o-rwx", someone.store], check=True)
+    for_group_only("apptester2", someone.store)
     other = person("apptester2", reachable / "other", someone.store)
     assert someone.find("small").path in other.image("verify", "small").stdout
     assert word_in(other, other.find("small")) == "hello\n"

@@ -41,6 +41,15 @@ def test_the_program_sees_its_own_three_folders_and_no_data():
     ]
 
 
+def test_more_folders_are_bound_read_only_at_their_own_paths_for_the_program():
+    bare, more = (
+        command.program_template("/i.sif"),
+        command.program_template("/i.sif", binds=["/a"]),
+    )
+    (added,) = set(more) - set(bare)
+    assert seen([added]) == {"/a": "/a ro"}
+
+
 def test_the_referee_sees_the_data_read_only_and_the_run_folder():
     roles = {"data": "/h/d", "shared": "/h/s", "private": "/h/run"}
     argv = sandbox.contained(command.referee_template("/i.sif"), View.of(roles, True), {})

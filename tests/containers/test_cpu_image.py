@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
+import accounts
 import pytest
 import runs
-from accounts import ROOT, python_as
+from accounts import ROOT, for_group_only, python_as
 from conftest import Person, person
 
 from containers import command, images, seal
@@ -140,6 +141,31 @@ def test_the_program_sees_its_own_folders_and_nothing_of_its_host(
     assert (result["status"], result["isolation"]) == ("crash", "apptainer")
 
 
+def test_a_program_reads_what_the_site_binds_and_writes_on_the_nodes_own_disk(
+    cpu_image: Image, someone: Person
+):
+    more, disk = someone.folder / "more", someone.folder / "disk"
+    for folder in (more, disk):
+        folder.mkdir()
+        shutil.chown(folder, someone.name)
+    (more / "word").write_text("bound")
+    program = f"""
+import os
+print("READ", open("{more}/word").read())
+try:
+    open("{more}/new", "w")
+except OSError as error:
+    print("REFUSED", error.strerror)
+open("/autoresearch/scratch/model.safetensors", "w").write("weights")
+{runs.HONEST}"""
+    argv = command.program_template(cpu_image.path, binds=[str(more)])
+    result = run(someone, cpu_image, program, program_argv=argv, scratch=str(disk))
+    assert result["status"] == "ok", result
+    assert "READ bound\nREFUSED Read-only file system" in result["log"]
+    assert (someone.folder / "run" / "model.safetensors").read_text() == "weights"
+    assert not list(disk.iterdir())
+
+
 def test_exit_status_255_is_the_programs_own_once_it_has_started(cpu_image: Image, someone: Person):
     result = run(someone, cpu_image, "import sys; sys.exit(255)")
     assert (result["status"], result["exit_code"]) == ("crash", 255)
@@ -151,6 +177,20 @@ def test_a_container_that_does_not_start_is_infrastructure(cpu_image: Image, som
     assert result["status"] == "infrastructure"
     assert "the container did not start" in result["reason"]
     assert ".gone" in result["reason"]
+
+
+def test_a_kernel_that_refuses_to_take_the_network_away_is_told_with_the_setting(
+    cpu_image: Image, someone: Person, monkeypatch: pytest.MonkeyPatch
+):
+    limit = 'echo 0 > /proc/sys/user/max_net_namespaces; exec "$@"'
+    walls = ["unshare", "--user", "--map-root-user", "sh", "-c", limit, "sh"]
+    plainly = accounts.run_as
+    monkeypatch.setattr(
+        accounts, "run_as", lambda name, argv, **more: plainly(name, [*walls, *argv], **more)
+    )
+    result = run(someone, cpu_image, runs.HONEST)
+    assert result["status"] == "infrastructure"
+    assert "executor.allow_network" in result["reason"], result["reason"]
 
 
 def test_what_a_program_writes_anywhere_is_held_to_its_limit(cpu_image: Image, someone: Person):
@@ -172,45 +212,26 @@ def test_the_projects_own_train_py_learns_in_the_image_compiled(cpu_image: Image
     assert result["val_bpb"] < runs.uniform_bpb()
 
 
-def test_a_second_user_runs_from_the_same_image(cpu_image: Image, reachable: Path):
-    other = person("apptester2", reachable / "other")
-    assert run(other, cpu_image, runs.HONEST)["status"] == "ok"
-
-
-RESEAL = """
-import sys
-from pathlib import Path
-from containers import build
-store, name, trainer = sys.argv[1:]
-build.reseal(Path(store), name, "resealed", trainer=Path(trainer))
-"""
-
-
-def test_another_evaluator_is_sealed_in_without_building_the_rest_anew(
-    cpu_image: Image, someone: Person
+def test_a_second_user_runs_from_an_image_and_data_that_only_a_group_may_read(
+    cpu_image: Image, someone: Person, reachable: Path
 ):
-    trainer = someone.folder / "trainer"
-    seal.copy_sealed(ROOT / "trainer", trainer)
-    with (trainer / "prepare.py").open("a") as file:
-        file.write("# another version\n")
-    someone.run("mkdir", someone.store)
-    for path in (Path(cpu_image.path), Path(cpu_image.path).with_suffix(".json")):
-        os.link(path, someone.store / path.name)
-    python_as(someone.name, "-c", RESEAL, someone.store, cpu_image.sha256, trainer)
-    resealed = someone.find("resealed")
-    images.check_evaluator(resealed, seal.evaluator_sha256(trainer))
-    assert resealed.definition_sha256 == cpu_image.definition_sha256
-    assert resealed.packages == cpu_image.packages
-    assert resealed.definition == cpu_image.definition
-    assert resealed.origin == f"resealed from {cpu_image.sha256[:16]}"
-    script = "ls /opt/autoresearch; tail -1 /opt/autoresearch/trainer/prepare.py"
-    shown = someone.run(*command.plain(resealed.path, ["sh", "-c", script])).stdout.split("\n")
-    assert shown[:-1] == ["inside.py", "seal.py", "trainer", "venv", "# another version"]
+    shared = someone.folder / "group"
+    shared.mkdir()
+    image = dataclasses.replace(cpu_image, path=str(shutil.copy(cpu_image.path, shared)))
+    data = str(shutil.copytree(runs.data_folder(), shared / "data"))
+    shutil.chown(shared, someone.name)
+    for_group_only("apptester2", shared)
+    other = person("apptester2", reachable / "other")
+    result = run(other, image, runs.HONEST, data=data)
+    assert (result["status"], result["network"]) == ("ok", "none"), result
+    assert result["val_bpb"] == pytest.approx(runs.uniform_bpb(), abs=1e-6)
+    stranger = person("apptester3", reachable / "stranger")
+    assert run(stranger, image, runs.HONEST, data=data)["status"] == "infrastructure"
 
 
 def test_doctor_starts_a_container_as_a_run_has_it(cpu_image: Image, someone: Person):
     store = Path(cpu_image.path).parent
     argv = ["doctor", "--store", store, "--image", cpu_image.sha256, "--json"]
-    told = python_as(someone.name, "-m", "containers.cli", "image", *argv)
+    told = python_as(someone.name, "-m", "jobs.cli", "image", *argv)
     last = json.loads(told.stdout)[-1]
     assert (last["check"], last["status"]) == ("container", "ok"), last

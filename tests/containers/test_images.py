@@ -149,6 +149,15 @@ def test_records_are_readable_for_others_and_images_writable_for_nobody(store: P
     assert Path(image.path).stat().st_mode & 0o777 == 0o555
 
 
+def test_the_store_is_the_settings_else_the_environments_else_the_homes(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("AUTORESEARCH_IMAGES", "/group/images")
+    assert images.default_store("~/own") == Path("/home/someone/own")
+    assert images.default_store() == Path("/group/images")
+    monkeypatch.delenv("AUTORESEARCH_IMAGES")
+    assert images.default_store() == Path("/home/someone/.local/share/autoresearch/images")
+
+
 def test_a_store_may_be_seen_under_another_path(store: Path, tmp_path: Path):
     put(store, b"one", "cpu")
     store.rename(tmp_path / "moved")

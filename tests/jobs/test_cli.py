@@ -377,6 +377,15 @@ def test_each_mistake_in_campaign_yaml_is_a_clear_word(
     assert not (inside.folder / "runs").exists()
 
 
+def test_image_looks_into_the_store_that_campaign_yaml_names(
+    inside: Lab, autoresearch: Run, tmp_path: Path
+) -> None:
+    inside.configure(executor={"images": str(tmp_path / "group")})
+    assert autoresearch("image", "list")[1] == f"no images in {tmp_path}/group\n"
+    told = autoresearch("image", "list", "--store", str(tmp_path / "other"))
+    assert told[1] == f"no images in {tmp_path}/other\n"
+
+
 def test_a_missing_campaign_yaml_is_said(
     tmp_path: Path, autoresearch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

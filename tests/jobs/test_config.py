@@ -89,6 +89,27 @@ def test_a_site_is_shared_by_campaigns_and_overruled_by_the_executor(tmp_path: P
     assert problems(site=3) == ["site: 3 is neither a file nor a mapping"]
 
 
+def test_what_is_wrong_in_a_site_is_told_by_the_file_it_is_in(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("cpus: many\nmodules: [apptainer]\n")
+    path = file(tmp_path, "site: site.yaml\nexecutor: {cpus: 2}\n")
+    with pytest.raises(ConfigError) as error:
+        config.load(path, {})
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{tmp_path}/site.yaml cannot be used:"
+    assert lines[1].startswith("  cpus: 'many' is not allowed")
+    assert lines[2].startswith("  modules: there is no such setting; ")
+    assert problems(site={"modules": []})[0].startswith("site.modules: there is no such setting")
+
+
+def test_a_site_file_that_is_not_there_is_told_as_that(tmp_path: Path) -> None:
+    path = file(tmp_path, "site: gone.yaml\n")
+    with pytest.raises(UserError) as error:
+        config.load(path, {})
+    assert str(error.value).startswith(f"{tmp_path}/gone.yaml could not be read")
+    assert f"`site:` in {path} names it" in str(error.value)
+    assert "init" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [

@@ -246,10 +246,8 @@ def test_the_spread_is_of_one_seed_else_of_seeds_else_our_own(toy: Lab) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "images"
-    monkeypatch.setenv("AUTORESEARCH_IMAGES", str(folder))
-    return folder
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "images"
 
 
 def put(store: Path, content: str, tag: str) -> images.Image:
@@ -266,7 +264,8 @@ def put(store: Path, content: str, tag: str) -> images.Image:
 def sought(image: images.Image, address: str | None = None) -> tuple[str, list[str]]:
     notes: list[str] = []
     ref = "refs/autoresearch/night/records"
-    return container.recorded(image.sha256, "cpu", address, ref, notes.append), notes
+    store = Path(image.path).parent
+    return container.recorded(store, image.sha256, "cpu", address, ref, notes.append), notes
 
 
 def test_the_recorded_sha256_decides_and_a_moved_tag_is_told(store: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+from rig import ROOT
 
 from jobs.errors import UserError
 from slurm import commands
@@ -23,6 +25,17 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     return put
+
+
+PROXY = ("http_proxy", "https_proxy", "no_proxy")
+
+
+def test_the_projects_own_jobs_get_what_a_run_gets_and_the_way_to_images_and_out():
+    wanted = {*commands._KEPT, "AUTORESEARCH_IMAGES", *PROXY, *map(str.upper, PROXY)}
+    for name in ("overnight", "image", "data"):
+        text = (ROOT / "slurm" / f"{name}.sbatch").read_text()
+        (names,) = re.findall(r"^#SBATCH --export=(\S+)$", text, re.MULTILINE)
+        assert set(names.split(",")) == wanted, name
 
 
 LINE = "7|RUNNING|n[1-2]|2026-01-01T00:00:00|2026-01-01T00:00:30|1-02:03:04|None|/lab|night|odd"

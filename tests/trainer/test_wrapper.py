@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import runs
 from runs import HONEST, REPO, run, start
 
 from referee import folder as shared
-from referee import sandbox
+from referee import sandbox, wrapper
 from referee.task import Task
 
 REFEREE = REPO / "trainer" / "referee"
@@ -316,18 +317,28 @@ def test_a_container_gets_its_folders_and_environment_by_its_template():
 
 CONTAINER = """#!/bin/sh
 # Stands in for a container's own command line: does what one does at its start, then runs the rest.
-case "$1" in broken) echo "FATAL: no such image" >&2; exit 255;; esac
+case "$1" in
+    broken) echo "FATAL: no such image" >&2; exit 255;;
+    refused)
+        printf '\\033[91mERROR  : Failed to create network namespace: refused\\n\\033[0m\\n' >&2
+        exit 1;;
+esac
 : > "$2/.started"; shift 2
 exec env "$@"
 """
 
 
-@pytest.mark.parametrize("image", ["fine", "broken"])
-def test_a_container_that_fails_is_told_from_a_program_that_does(folder, image):
-    """The template's part only: real containers are tested where there are some."""
+@pytest.fixture
+def container(folder) -> str:
     script = folder / "container"
     script.write_text(CONTAINER)
     script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize("image", ["fine", "broken", "refused"])
+def test_a_container_that_fails_is_told_from_a_program_that_does(folder, container, image):
+    """The template's part only: real containers are tested where there are some."""
     # Places inside are the host's here: nothing mounts them.
     python = f"import os; os.environ['AUTORESEARCH_REFEREE'] = {str(folder)!r} + '/none'; exit(255)"
     result = run(
@@ -335,11 +346,123 @@ def test_a_container_that_fails_is_told_from_a_program_that_does(folder, image):
         "",
         isolation="apptainer",
         command=["python", "-c", python],
-        program_argv=[str(script), image, "{scratch}", "{env}"],
+        program_argv=[container, image, "{scratch}", "{env}"],
         referee_argv=["env", "--data={data}/x{files}", "{env}"],
     )
-    assert result["status"] == ("infrastructure" if image == "broken" else "crash")
+    assert result["status"] == ("crash" if image == "fine" else "infrastructure")
     assert ("no such image" in result["reason"]) == (image == "broken")
+    assert ("executor.allow_network" in result["reason"]) == (image == "refused")
+
+
+def test_a_general_tasks_container_that_fails_is_told_from_its_program(folder, container):
+    for image, status in (("broken", "infrastructure"), ("fine", "crash")):
+        place = folder / image
+        place.mkdir()
+        argv = [container, image, "{scratch}", "{env}"]
+        result = general(place, "1 / 0", isolation="apptainer", program_argv=argv)
+        assert result["status"] == status, result
+
+
+@pytest.mark.parametrize(
+    ("isolation", "argv", "network"),
+    [
+        ("namespaces", [], "none"),
+        ("none", [], "host"),
+        ("apptainer", ["exec", "--net", "--network", "none"], "none"),
+        ("apptainer", ["exec"], "host"),
+    ],
+)
+def test_a_result_says_what_the_program_could_reach_and_what_bounds_its_files(
+    folder, isolation, argv, network
+):
+    result = run(folder, "1 / 0", isolation=isolation, program_argv=["false", *argv])
+    assert (result["isolation"], result["network"]) == (isolation, network)
+    assert result["scratch_bound"] == "polling, RLIMIT_FSIZE"
+
+
+# --- scratch elsewhere, and the card --------------------------------------------------------------
+
+
+@pytest.fixture
+def disk():
+    """A folder of another file system than the run's."""
+    path = Path("/dev/shm/autoresearch test")
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def test_scratch_on_the_nodes_own_disk_leaves_what_is_kept_and_nothing_there(
+    folder, disk, monkeypatch
+):
+    monkeypatch.setenv("NODE_DISK", str(disk))
+    node = os.uname().nodename
+    dead, other = (disk / f"autoresearch-{n}-1.1-{'0' * 16}" for n in (node, "elsewhere"))
+    for path in (dead, other):
+        path.mkdir()
+    result = run(folder, CACHED, scratch="$NODE_DISK")
+    assert result["status"] == "ok", result
+    assert (folder / "run" / "model.safetensors").read_text() == "weights"
+    assert os.listdir(folder / "run" / "cache" / "inductor") == ["new"]
+    assert os.listdir(disk) == [other.name]  # another node's may be in use
+
+
+def test_a_nodes_disk_that_is_not_there_is_infrastructure_and_named(folder):
+    result = run(folder, HONEST, scratch="$NO_SUCH_VARIABLE")
+    assert result["status"] == "infrastructure"
+    assert "$NO_SUCH_VARIABLE" in result["reason"]
+
+
+def cards(*names: str) -> list[str]:
+    return [f"NVIDIA {name}, GPU-{i}{i}, 550.54.14" for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "uuid"),
+    [
+        ("1", "NVIDIA B", "GPU-11"),
+        ("0,1", "NVIDIA A", "GPU-00"),
+        ("", "NVIDIA A", "GPU-00"),
+        ("GPU-1", "NVIDIA B", "GPU-11"),
+        ("MIG-7", None, None),  # of one of the two
+    ],
+)
+def test_a_card_among_several_is_the_one_that_nvidia_smi_counts(
+    tmp_path, monkeypatch, device, gpu, uuid
+):
+    proc_of(tmp_path, monkeypatch, "A", "B")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(cards("A", "B")) + "\nEND\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    told = {"gpu": gpu, "gpu_uuid": uuid, "driver": "550.54.14"}
+    assert wrapper.gpu(device) == told
+
+
+def test_without_nvidia_smi_several_cards_tell_what_they_have_in_common(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    driver = {"driver": "550.54.14"}
+    proc_of(tmp_path / "alone", monkeypatch, "A")
+    assert wrapper.gpu("3") == {"gpu": "NVIDIA A", "gpu_uuid": "GPU-00", **driver}
+    proc_of(tmp_path / "alike", monkeypatch, "A", "A")
+    assert wrapper.gpu("0") == {"gpu": "NVIDIA A", "gpu_uuid": None, **driver}
+    proc_of(tmp_path / "mixed", monkeypatch, "A", "B")
+    assert wrapper.gpu("0") == {"gpu": None, "gpu_uuid": None, **driver}
+    assert wrapper.gpu("GPU-11")["gpu"] == "NVIDIA B"
+    monkeypatch.setattr(wrapper, "NVIDIA", tmp_path / "none")
+    assert wrapper.gpu("0") == {}
+
+
+def proc_of(place: Path, monkeypatch, *names: str) -> None:
+    """What the kernel's driver shows of cards of these models."""
+    for i, name in enumerate(names):
+        card = place / "gpus" / f"0000:0{i}:00.0"
+        card.mkdir(parents=True)
+        told = f"Model: \t\t NVIDIA {name}\nGPU UUID: \t GPU-{i}{i}\nDevice Minor: \t {i}\n"
+        (card / "information").write_text(told)
+    version = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22\nGCC 12.3.0\n"
+    (place / "version").write_text(version)
+    monkeypatch.setattr(wrapper, "NVIDIA", place)
 
 
 # --- shared folders -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import protocol
 
-_NAME = re.compile(r"autoresearch-(\d+)\.(\d+)-[0-9a-f]{16}")
+PREFIX = "autoresearch-"
 
 
 def place() -> Path:
@@ -27,18 +27,26 @@ def place() -> Path:
 
 def make() -> Path:
     """A new folder of mode 0700 with an unguessable name, holding an empty shared file."""
-    pid = os.getpid()
-    folder = place() / f"autoresearch-{pid}.{start_ticks(pid) or 0}-{os.urandom(8).hex()}"
+    folder = owned(place())
     folder.mkdir(mode=0o700)
     os.close(os.open(folder / protocol.RING_NAME, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     return folder
 
 
-def sweep() -> list[str]:
-    """Remove this user's shared folders whose owner is dead. Returns their names."""
+def owned(where: Path, prefix: str = PREFIX) -> Path:
+    """The path of a folder there that `sweep` takes for this process's; it is not made."""
+    pid = os.getpid()
+    return where / f"{prefix}{pid}.{start_ticks(pid) or 0}-{os.urandom(8).hex()}"
+
+
+def sweep(where: Path | None = None, prefix: str = PREFIX) -> list[str]:
+    """Remove this user's folders there (None: the shared ones) whose owner is dead: their names.
+
+    Folders of other machines must have another prefix: their owners seem dead here.
+    """
     swept = []
-    for entry in os.scandir(place()):
-        match = _NAME.fullmatch(entry.name)
+    for entry in os.scandir(where or place()):
+        match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(\d+)-[0-9a-f]{16}", entry.name)
         if not match or not entry.is_dir(follow_symlinks=False):
             continue
         pid, ticks = int(match[1]), int(match[2])

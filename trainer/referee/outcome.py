@@ -20,7 +20,7 @@ OUT_OF_MEMORY = re.compile(
     r"|.*DefaultCPUAllocator: (not enough|can't allocate) memory)",
     re.M,
 )
-APPTAINER_FAILED = 255
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ACCOUNT_STATES = {
     "invalid": "invalid",
     "overtime": "timeout",
@@ -43,7 +43,7 @@ def of_training(
     Args:
         account: the referee's score.json, None where it left none.
         referee_died: in words, when it ended before it was told to.
-        began: the program itself ran, as far as is known; a container that fails ends with 255.
+        began: the program itself ran, as far as is known; a container may fail before it.
     """
     state = account["state"] if account else None
     if ending.breach:
@@ -54,10 +54,10 @@ def of_training(
     if state in ACCOUNT_STATES:
         assert account is not None
         return ACCOUNT_STATES[state], account["reason"]
+    if ending.code and not began:  # for the same reason its referee may have died, too
+        return of_command(ending, memory_limit_mb, began)
     if referee_died:
         return "infrastructure", referee_died
-    if ending.code == APPTAINER_FAILED and not began:
-        return "infrastructure", f"the container did not start: {last_line(ending.tail)}"
     if ending.timed_out:
         asked = account is not None and account["overrun_seconds"] is not None
         how = "was still being scored at" if asked else "never asked to be scored within"
@@ -71,7 +71,7 @@ def of_training(
     return status, reason
 
 
-def of_command(ending: Ending, memory_limit_mb: int | None) -> tuple[str, str]:
+def of_command(ending: Ending, memory_limit_mb: int | None, began: bool = True) -> tuple[str, str]:
     """(status, reason) of any command that has to end with status 0 by itself."""
     if ending.breach:
         return of_breach(ending)
@@ -93,7 +93,10 @@ def of_command(ending: Ending, memory_limit_mb: int | None) -> tuple[str, str]:
         return "infrastructure", f"the program was killed from outside by {name}"
     if ending.signal:
         return "crash", f"the program died of {name}: {last_line(ending.tail)}"
-    return "crash", f"exit status {ending.code}: {last_line(ending.tail)}"
+    words = last_line(ending.tail)
+    if not began:  # Apptainer ends with 255, or with 1 where the kernel refuses a namespace
+        return "infrastructure", f"the container did not start{network_hint(words)}: {words}"
+    return "crash", f"exit status {ending.code}: {words}"
 
 
 def of_breach(ending: Ending) -> tuple[str, str]:
@@ -126,6 +129,12 @@ def after_the_score(ending: Ending) -> str:
     return f"; afterwards exit status {ending.code}" if ending.code else ""
 
 
+def network_hint(words: str) -> str:
+    """The setting that matters, where a container complains that it may not be without network."""
+    hint = " (executor.allow_network leaves the host's network in)"
+    return hint if re.search("network", words, re.IGNORECASE) else ""
+
+
 def scored_value(line: str, metric: str) -> float:
     """The number under `metric` in a scorer's last line. Raises ValueError, in words."""
     try:
@@ -139,6 +148,7 @@ def scored_value(line: str, metric: str) -> float:
 
 def last_line(text: str) -> str:
     """The last line that says something, printable, at most 300 characters."""
+    text = COLOURS.sub("", text)  # Apptainer's last line may be nothing but the end of one
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return printable(lines[-1]) if lines else "it printed nothing"
 

@@ -76,6 +76,7 @@ def environment(
         chosen |= dict.fromkeys(THREADS, str(threads))
     if device is not None:
         chosen["CUDA_VISIBLE_DEVICES"] = device
+    chosen["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi and Slurm count
     return chosen
 
 

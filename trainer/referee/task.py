@@ -75,6 +75,7 @@ class Task:
     device: str | None = None  # CUDA_VISIBLE_DEVICES
     cache: str | None = None  # compile cache of which the run gets a copy
     cache_mb: int = 1024  # a larger cache is not kept
+    scratch: str | None = None  # where to make its scratch folder, "$X" of the node; None: run_dir
     scorer: Scorer | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # copied into result.json
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -29,6 +30,9 @@ LINGER_S = 60.0  # what a program may still do once it is scored: save weights, 
 REFEREE_END_S = 10.0
 MODEL, SAMPLE = "model.safetensors", "sample.txt"
 SAMPLE_BYTES = 65536
+NVIDIA = Path("/proc/driver/nvidia")
+# With the node's name: should the disk be shared, no node sweeps another's.
+SCRATCH = f"autoresearch-{os.uname().nodename}-"
 
 
 class Run:
@@ -38,6 +42,8 @@ class Run:
         self.task = task
         self.dir = Path(task.run_dir)
         self.scratch = self.dir / "scratch"
+        if task.scratch:
+            self.scratch = folder.owned(Path(os.path.expandvars(task.scratch)), SCRATCH)
         self.trainer = task.trainer or str(Path(__file__).resolve().parent.parent)
         self.python = task.python or sys.executable
         self.isolation = task.isolation
@@ -67,9 +73,13 @@ class Run:
 
         ending = self._command(roles, task.command, "program", once_started)
         account = self._end_referee()
-        began = self.isolation != "apptainer" or (self.scratch / ".started").exists()
         status, reason = outcome.of_training(
-            ending, account, self._referee_died, began, task.limits.memory_mb, task.wall_limit_s
+            ending,
+            account,
+            self._referee_died,
+            self._began(self.scratch),
+            task.limits.memory_mb,
+            task.wall_limit_s,
         )
         told = {k: v for k, v in (account or {}).items() if k not in ("protocol", "state")}
         value = told.get("val_bpb") if status == "ok" else None
@@ -129,7 +139,7 @@ class Run:
         if code < 0:
             return f"the referee was killed by {signal_name(-code)}"
         words = outcome.last_line((self.dir / "referee.log").read_text(errors="replace"))
-        return f"the referee failed: {words}"
+        return f"the referee failed{outcome.network_hint(words)}: {words}"
 
     def _stop(self) -> str | None:
         """Whether the program has to be ended, asked at every poll."""
@@ -159,8 +169,10 @@ class Run:
         if task.command:
             roles = {"scratch": str(self.scratch), "program": task.program}
             ending = self._command(roles, task.command, "program")
-            status, reason = outcome.of_command(ending, task.limits.memory_mb)
-            facts |= {"status": status, "reason": reason} | ending.usage
+            status, reason = outcome.of_command(
+                ending, task.limits.memory_mb, self._began(self.scratch)
+            )
+            facts |= {"status": status, "reason": reason} | gpu(task.device) | ending.usage
             if status != "ok":
                 return facts
         return facts | self._score(scorer)
@@ -176,7 +188,7 @@ class Run:
             "files": scorer.files_dir,
         }
         ending = self._command(roles, scorer.command, "files")
-        status, reason = outcome.of_command(ending, self.task.limits.memory_mb)
+        status, reason = outcome.of_command(ending, self.task.limits.memory_mb, self._began(own))
         if status != "ok":
             return {"status": status, "reason": f"the scorer: {reason}"}
         try:
@@ -236,14 +248,30 @@ class Run:
             on_start=on_start,
         )
 
+    def _began(self, scratch: Path) -> bool:
+        """Whether the command itself ran: a container says so by a file."""
+        return self.isolation != "apptainer" or (scratch / ".started").exists()
+
+    def walls(self) -> dict[str, Any]:
+        """What stood between the program and its host, for the result."""
+        without = self.isolation == "namespaces" or (
+            self.isolation == "apptainer" and "--net" in self.task.program_argv
+        )
+        return {
+            "isolation": self.isolation,
+            "isolation_reason": self.isolation_reason,
+            "network": "none" if without else "host",
+            "scratch_bound": "polling, RLIMIT_FSIZE",
+        }
+
     def keep(self, ok: bool) -> None:
         """Move what outlives the run out of the scratch folder, then remove it."""
         if ok:
             take_file(self.scratch / MODEL, self.dir / MODEL)
             take_file(self.scratch / SAMPLE, self.dir / SAMPLE, SAMPLE_BYTES)
             take_cache(self.scratch / "cache", self.dir / "cache", self.task.cache_mb)
-        for name in ("scratch", "scorer"):
-            remove(self.dir / name)
+        for path in (self.scratch, self.dir / "scorer"):
+            remove(path)
         for name in ("telemetry.jsonl", "scorer.out", "scorer.log", "referee.log"):
             with contextlib.suppress(OSError):
                 if (self.dir / name).stat().st_size == 0:
@@ -261,6 +289,8 @@ def run(task: Task) -> dict[str, Any]:
     with signals_noted(one):
         try:
             folder.sweep()
+            if task.scratch:
+                folder.sweep(one.scratch.parent, SCRATCH)
             make_scratch(one.scratch)
             facts = one.train() if task.kind == "nanochat" else one.measure()
             one.keep(facts["status"] == "ok")
@@ -276,7 +306,7 @@ def run(task: Task) -> dict[str, Any]:
                 shutil.rmtree(one.shared, ignore_errors=True)
         result = blank() | of_task(task) | facts | {"started": started, "ended": utc_now()}
         result["reason"] = outcome.printable(result["reason"])
-        result |= {"isolation": one.isolation, "isolation_reason": one.isolation_reason}
+        result |= one.walls()
         result["total_seconds"] = round(time.monotonic() - begun, 3)
         write_result(one.dir, result)
     return result
@@ -303,8 +333,8 @@ def blank() -> dict[str, Any]:
     names = (
         "experiment run status reason metric value val_bpb seed scale tokens steps startup_seconds"
         " training_seconds overrun_seconds scoring_seconds total_seconds peak_memory_mb"
-        " gpu_memory_mb tokens_per_second node device gpu rows_scored budget isolation started"
-        " ended"
+        " gpu_memory_mb tokens_per_second node device gpu rows_scored budget isolation network"
+        " scratch_bound started ended"
     )
     versions = {"python": sys.version.split()[0], "protocol": protocol.VERSION}
     return {
@@ -345,27 +375,47 @@ def claims(account: Mapping[str, Any], gpu: Mapping[str, str | None]) -> dict[st
 
 
 def gpu(device: str | None) -> dict[str, str | None]:
-    """Model, UUID and driver of the run's GPU as the driver tells them, without loading CUDA.
+    """Model, UUID and driver of the run's first GPU as the driver tells them, without loading CUDA.
 
     `device`: CUDA_VISIBLE_DEVICES, where None stands for this process's. Empty without a GPU.
     """
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device is None else device
-    place = Path("/proc/driver/nvidia")
+    wanted, cards = device.split(",")[0], cards_of_node()
+    if wanted.startswith("GPU-"):
+        cards = [card for card in cards if (card["gpu_uuid"] or "").startswith(wanted)]
+    elif len(cards) != 1 and (seen := cards_of_job()):
+        # A job's numbers are its own: under ConstrainDevices every one has a device 0.
+        cards = seen[int(wanted or 0) :][:1] if wanted.isdecimal() or not wanted else seen
+    first = cards[0] if cards else {}  # of several: what they have in common
+    return {k: fact if all(c[k] == fact for c in cards) else None for k, fact in first.items()}
+
+
+def cards_of_job() -> list[dict[str, str | None]]:
+    """The GPUs that this job may use, as CUDA_DEVICE_ORDER counts them, by nvidia-smi."""
+    argv = ["nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True)
+        rows = [line.rsplit(", ", 2) for line in done.stdout.splitlines()]
+        names = ("gpu", "gpu_uuid", "driver")
+        return [dict(zip(names, row, strict=True)) for row in rows if len(row) == 3]
+    return []
+
+
+def cards_of_node() -> list[dict[str, str | None]]:
+    """All GPUs of the node, whoever may use them, as the kernel's driver lists them."""
+    found: list[dict[str, str | None]] = []
     with contextlib.suppress(OSError):
-        cards = sorted((place / "gpus").iterdir())
-        for card in cards:
+        version = re.search(r"\d+(\.\d+)+", (NVIDIA / "version").read_text())
+        driver = version and version[0]
+        for card in sorted((NVIDIA / "gpus").iterdir()):
             facts = dict(
                 map(str.strip, line.split(":", 1))
                 for line in (card / "information").read_text().splitlines()
                 if ":" in line
             )
-            uuid, wanted = facts.get("GPU UUID"), device.split(",")[0]
-            if not wanted.startswith("GPU-") or (uuid or "").startswith(wanted):
-                driver = (place / "version").read_text().split("\n")[0].partition(": ")[2].strip()
-                sure = wanted.startswith("GPU-") or len(cards) == 1  # a job's numbers are its own
-                model = facts.get("Model")
-                return {"gpu": model, "gpu_uuid": uuid if sure else None, "driver": driver}
-    return {}
+            uuid = facts.get("GPU UUID")
+            found.append({"gpu": facts.get("Model"), "gpu_uuid": uuid, "driver": driver})
+    return found
 
 
 def cpu_model() -> str:
@@ -413,7 +463,7 @@ def take_file(source: Path, target: Path, most_bytes: int | None = None) -> None
     with contextlib.suppress(OSError):
         found = source.lstat()
         if stat.S_ISREG(found.st_mode) and (most_bytes is None or found.st_size <= most_bytes):
-            source.rename(target)
+            shutil.move(source, target)  # scratch may be another disk
 
 
 def take_cache(source: Path, target: Path, limit_mb: int) -> None:
@@ -429,7 +479,7 @@ def take_cache(source: Path, target: Path, limit_mb: int) -> None:
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 os.unlink(os.path.join(parent, name))
     remove(target)
-    source.rename(target)
+    shutil.move(source, target)
 
 
 def remove(path: Path) -> None:
