@@ -122,7 +122,7 @@ def digest(state: State, branch: str, context: Context, fix: str | None = None) 
     texts = [f"## {title}\n" + "\n".join(body) for title, body in _filled(sections)]
     parts = ["# History", data("\n\n".join(texts))]
     if here.notes:
-        said = [f"- {one_line(note, 500)}" for note in here.notes[-NOTES:]]
+        said = [f"- {one_line(note)}" for note in here.notes[-NOTES:]]
         parts += ["# From the person who runs this campaign", *said]
     parts += ["# What counts", SIMPLICITY, *_escalation(here.since_keep)]
     parts += _repair(fix, state, context) if fix else []
@@ -205,12 +205,17 @@ def _in_flight(state: State) -> Iterator[str]:
 
 def _others(state: State, branch: str, context: Context) -> Iterator[str]:
     others = [found for name, found in state.branches.items() if name != branch]
-    others.sort(key=lambda found: (-found.kept, found.name))
+    others.sort(key=lambda found: (-_newest_win(found), found.name))
     for found in others[:BRANCHES]:
         yield f"{one_line(found.name, 64)}: best {_number(found.best_metric)}, {found.kept} kept"
         for name in found.kept_ids[1:][-2:]:
             yield f"  {_line(state.record(name))}"
             yield cut(context.records.diff(name), LONGEST_DIFF)
+
+
+def _newest_win(found: Branch) -> int:
+    """Number of the experiment; a baseline is none."""
+    return int(found.kept_ids[-1][1:]) if found.kept > 1 else 0
 
 
 def _escalation(since_keep: int) -> Iterator[str]:

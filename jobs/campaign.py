@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs import lab, lease, materialise, mirror, names, snapshot
-from jobs.config import Config, to_dict
+from jobs.config import Config, added, to_dict
 from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
 from jobs.ledger import Ledger, Lines
@@ -208,7 +208,28 @@ def _branch_settings(
         start = known.settings["start_commit"]
     else:
         start = _start(branch.start, config, repository)
-    return to_dict(branch) | {"start_commit": start}  # type: ignore[arg-type]
+    return to_dict(branch) | {"start_commit": start}
+
+
+def new_branch(
+    name: str,
+    settings: Mapping[str, Any],
+    state: State,
+    config: Config,
+    repository: Repository,
+) -> dict[str, Any]:
+    """What is recorded of a branch that is added to a campaign.
+
+    Raises:
+        UserError: it exists, a setting is wrong, or nothing can start where it is to start.
+    """
+    names.check_name("branch", name)
+    if name in state.branches:
+        raise UserError(f"branch {name} exists already")
+    branch = added(config, name, settings).branches[name]
+    start = repository.start(branch.start or "HEAD")
+    _require_program(repository, config, start)
+    return to_dict(branch) | {"start_commit": start}
 
 
 def _start(ref: str | None, config: Config, repository: Repository) -> str | None:

@@ -268,6 +268,8 @@ def branch(arguments: argparse.Namespace) -> int:
     told = ("program", "slots", "start", "agent", "node", "constraint", "gpu")
     settings = {k: getattr(arguments, k) for k in told}
     settings = {k: v for k, v in settings.items() if v is not None}
+    if kind := settings.pop("agent", None):
+        settings["agent"] = {"kind": kind}
     return _order(arguments, arguments.order, branch=arguments.branch, settings=settings)
 
 
@@ -277,18 +279,22 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
-    from jobs import campaign, inbox, lease, names, report
+    from jobs import campaign, inbox, lease, report
+    from jobs.repository import Repository
 
-    directory = _directory(arguments)
+    directory, root = _directory(arguments), _root(arguments)
     state = campaign.read(directory)
     if order == "add":
-        names.check_name("branch", details["branch"])
+        shared = (state, _config(arguments), Repository(root))
+        campaign.new_branch(details["branch"], details["settings"], *shared)
     elif (named := details.get("branch", details.get("into"))) not in (None, *state.branches):
         raise UserError(f"no branch {named!r}; there are {', '.join(state.branches)}")
     elif named and state.branches[named].retired and order in ("tell", "adopt", "pause"):
         raise UserError(f"branch {named} is retired; `autoresearch branch resume {named}`")
     if order == "adopt":
         details["experiment"] = report.find(state, details["experiment"]).id
+    if order == "tell":
+        inbox.note(details["text"])
     inbox.send(directory, order, **details)
     holder = lease.holder(directory)
     if holder is None or holder.gone(_config(arguments).lease.stale_after):

@@ -13,7 +13,8 @@ from jobs.records import Branch
 def rows(state: State) -> list[dict[str, Any]]:
     """One mapping a branch, in the order they were added; null where there is nothing yet.
 
-    `gain` is over the branch's own baseline, positive is better; hours are of allocated run time.
+    `gain` is over the branch's own baseline, positive is better; hours are of allocated run time,
+    for each GPU of a run.
     """
     return [_row(state, branch) for branch in state.branches.values()]
 
@@ -21,11 +22,11 @@ def rows(state: State) -> list[dict[str, Any]]:
 def _row(state: State, branch: Branch) -> dict[str, Any]:
     first, best = branch.baseline_metric, branch.best_metric
     gain = None if first is None or best is None else abs(best - first)
-    hours, dollars = branch.allocated_s / 3600, branch.spent.dollars
+    hours, dollars = branch.allocated_s / 3600 * _gpus(state), branch.spent.dollars
     return {
         "branch": branch.name,
         "program": branch.settings.get("program", "program.md"),
-        "researcher": _researcher(branch.settings.get("agent") or {}),
+        "researcher": _researcher(branch.settings.get("agent") or state.config.get("agent") or {}),
         "experiments": branch.experiments,
         "kept": branch.kept,
         "crashed": branch.crashed + branch.parked,
@@ -39,6 +40,13 @@ def _row(state: State, branch: Branch) -> dict[str, Any]:
         "gain_per_dollar": None if gain is None or not dollars else gain / dollars,
         "state": "retired" if branch.retired else "paused" if branch.paused else "active",
     }
+
+
+def _gpus(state: State) -> int:
+    """Devices that a run holds: of executor.gpus ("h100:2"); locally one."""
+    executor = state.config.get("executor") or {}
+    count = str(executor.get("gpus", "1")).rpartition(":")[2]
+    return int(count) if executor.get("kind") != "local" and count.isdecimal() else 1
 
 
 def _researcher(agent: Mapping[str, Any]) -> str:

@@ -330,12 +330,18 @@ def parse(
     return config
 
 
+def added(config: Config, name: str, settings: Mapping[str, Any]) -> Config:
+    """The settings with one more branch, as if campaign.yaml had named it. Raises ConfigError."""
+    data = to_dict(config)
+    return parse(data | {"branches": {**data["branches"], name: settings}}, f"branch {name}")
+
+
 def agent_of(recorded: Mapping[str, Any]) -> Agent:
     """A branch's researcher, from the settings that the ledger has of it."""
     return TypeAdapter(Agent).validate_json(json.dumps(recorded))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config | Branch) -> dict[str, Any]:
     """The settings as JSON, as the ledger records them; `parse` takes them back."""
     return typing.cast(dict[str, Any], to_json(config))
 

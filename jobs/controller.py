@@ -208,17 +208,25 @@ class Controller:
         """Record an order together with what comes of it, so that no kill can part the two."""
         recorded: Events = [("order", order)]
         try:
-            if order["order"] == "adopt" and self._adopt(order, recorded):
-                return
-            recorded += self._obeyed(order)
+            if order["order"] == "adopt":
+                refused = self._adopt(order, recorded)
+                if refused is None:
+                    return
+            else:
+                recorded += self._obeyed(order)
+                refused = None
         except UserError as error:
-            self.say(f"order {order['order'] or order['name']} refused: {error}")
-        self.journal.record_all(recorded)
+            refused = str(error)
+            self.say(f"order {order['order'] or order['name']} refused: {refused}")
+        self.journal.record_all([("order", order | {"refused": refused})] if refused else recorded)
         if order["order"] == "stop":
             self._ending = "stopped by order"
             self.stop.set()
+        if order["order"] == "resume":
+            self._carry_over_stale()
 
-    def _adopt(self, order: dict[str, Any], recorded: Events) -> bool:
+    def _adopt(self, order: dict[str, Any], recorded: Events) -> str | None:
+        """Why there is no experiment of it; None: there is, and `recorded` in the ledger."""
         name, into = str(order.get("experiment")), str(order.get("into"))
         branch = self.journal.state.branches.get(into)
         if branch is not None and branch.retired:
@@ -231,7 +239,9 @@ class Controller:
         if order in ("stop", "adopt"):
             return []
         if order == "add":
-            return [("branch_added", {"branch": name, "settings": self._new_branch(name, content)})]
+            shared = (self.journal.state, self.config, self.repository)
+            settings = campaign.new_branch(name, content.get("settings") or {}, *shared)
+            return [("branch_added", {"branch": name, "settings": settings})]
         if order == "":
             raise UserError(content["why"])
         branch = self.journal.state.branches.get(name)
@@ -241,19 +251,9 @@ class Controller:
             raise UserError(f"branch {name} is retired")
         self.say(f"order: {order} {name}")
         if order == "tell":
-            return [("told", {"branch": name, "text": str(content.get("text", ""))[:4000]})]
+            return [("told", {"branch": name, "text": inbox.note(str(content.get("text", "")))})]
         event = {"pause": "branch_paused", "resume": "branch_resumed", "retire": "branch_retired"}
         return [(event[order], {"branch": name, "reason": BY_ORDER})]
-
-    def _new_branch(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
-        names.check_name("branch", name)
-        if name in self.journal.state.branches:
-            raise UserError(f"branch {name} exists already")
-        settings = dict(content.get("settings") or {})
-        if kind := settings.pop("agent", None):
-            settings["agent"] = to_json(dataclasses.replace(self.config.agent, kind=kind))
-        settings["start_commit"] = self.repository.start(settings.get("start") or "HEAD")
-        return settings
 
     # -- runs -------------------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class Controller:
     def _after(self, name: str, rebase: bool) -> None:
         """A baseline that failed pauses its branch; a gain on an older base is tried on the new."""
         record = self.journal.state.record(name)
-        if rebase:
+        if rebase and self.journal.state.branch(record.branch).active:
             self.proposals.carry_over(name, record.branch, "rebased")
         if record.parent is not None or record.verdict == "keep":
             return
@@ -353,14 +353,9 @@ class Controller:
             )
 
     def _carry_over_stale(self) -> None:
-        """Rebases that were decided, and not proposed before the controller was killed."""
-        state = self.journal.state
-        recent = [r.id for r in state.recent(MIRROR_EVERY)]
-        done = {state.experiment(name).rebased_from for name in recent}
-        for name in recent:
-            decision = state.decision(name)
-            if decision and decision.numbers.get("rebase") and name not in done:
-                self.proposals.carry_over(name, state.record(name).branch, "rebased")
+        """Rebases decided and not proposed: the controller was killed, or the branch rested."""
+        for record in list(plan.stale_wins(self.journal.state)):
+            self.proposals.carry_over(record.id, record.branch, "rebased")
 
     # -- books ------------------------------------------------------------------------------------
 

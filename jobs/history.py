@@ -58,6 +58,7 @@ class State:
     in_flight: tuple[str, ...] = ()  # experiments without a final decision, oldest first
     nodes: Mapping[str, tuple[NodeRun, ...]] = field(default_factory=dict)  # the last runs on each
     orders: frozenset[str] = frozenset()  # names of the inbox files recorded lately
+    refused: str | None = None  # what came of the last order, where it could not be obeyed
     spent: Usage = field(default_factory=Usage)  # settled; see `committed`
     allocated_s: float = 0.0
     training_s: float = 0.0
@@ -217,7 +218,7 @@ class _Fold:
         self.requests = dict(state.requests)
         self.in_flight = dict.fromkeys(state.in_flight)
         self.nodes = dict(state.nodes)
-        self.orders = set(state.orders)
+        self.orders, self.refused = set(state.orders), state.refused
         self.spent = dict(vars(state.spent))
         self.allocated_s, self.training_s = state.allocated_s, state.training_s
         self.parked_in_row = state.parked_in_row
@@ -280,7 +281,7 @@ class _Fold:
     def on_branch_added(self, event: Event) -> None:
         name = event["branch"]
         self.branches.setdefault(name, Branch(name))
-        self.branch(name)["settings"] = event.get("settings") or {}
+        self.branch(name).update(settings=event.get("settings") or {}, unfit=())
 
     def on_branch_paused(self, event: Event) -> None:
         self.branch(event["branch"])["paused"] = event.get("reason") or "paused"
@@ -375,16 +376,19 @@ class _Fold:
             preempted=bool(details.get("preempted")),
             n=self.events - 1,
             place=event.get("at", event),
+            misplaced=bool(details.get("misplaced")),
         )
         record = self._record(run["experiment"])
         self._store(record._replace(runs=(*record.runs, ended)))
-        if ended.node and not ended.preempted:
+        branch = self.branch(record.branch)
+        if ended.node and ended.misplaced:
+            branch["unfit"] = tuple(dict.fromkeys((*branch["unfit"], ended.node)))
+        elif ended.node and not ended.preempted:
             died = ended.status == "infrastructure"
             seen = (*self.nodes.get(ended.node, ()), NodeRun(record.id, died, ended.n))
             self.nodes[ended.node] = seen[-RECENT_RUNS:]
         allocated = details.get("allocated_s") or result.get("total_s") or 0.0
         training = result.get("training_s") or 0.0
-        branch = self.branch(record.branch)
         branch["allocated_s"] += allocated
         branch["training_s"] += training
         self.allocated_s += allocated
@@ -431,6 +435,8 @@ class _Fold:
 
     def on_order(self, event: Event) -> None:
         self.orders.add(event["name"])
+        why = event.get("refused")
+        self.refused = f"{event.get('order') or event['name']}: {why}" if why else None
 
     def on_node_cleared(self, event: Event) -> None:
         self.nodes.pop(event["node"], None)

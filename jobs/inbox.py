@@ -10,8 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import UserError
+
 ORDERS = ("stop", "tell", "pause", "resume", "retire", "add", "adopt")
 LARGEST = 65_536  # bytes; an order is a sentence, not a file
+NOTE = 4000  # characters of what a researcher is told
+
+
+def note(text: str) -> str:
+    """What a researcher is told, whole. Raises UserError: it is too long for a digest."""
+    if len(text) > NOTE:
+        raise UserError(f"a note has at most {NOTE} characters, this one has {len(text)}")
+    return text
 
 
 def send(campaign_dir: Path, order: str, **details: Any) -> str:

@@ -9,10 +9,8 @@ from datetime import datetime
 
 from jobs import policy
 from jobs.config import Config
-from jobs.history import Branch, State, better
+from jobs.history import Branch, Record, State, better
 from jobs.model import Budget, Run
-
-BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,11 @@ def _next_run(
     state: State, experiment: str, seed: int, purpose: str, budget: Budget, scale: str
 ) -> Iterator[Wanted]:
     """Its first attempt, or another one where infrastructure killed the last; else nothing."""
-    tries = [r for r in state.record(experiment).runs if r.seed == seed]
+    record = state.record(experiment)
+    tries = [r for r in record.runs if r.seed == seed]
     if not tries:
         run = Run(experiment, seed, 1, budget, scale)
-        yield Wanted(run, purpose, policy.excluded_nodes(state))
+        yield Wanted(run, purpose, policy.avoided_nodes(state, record.branch))
         return
     last = max(tries, key=lambda r: r.attempt)
     fate = policy.after(state, f"{experiment}-s{seed}-a{last.attempt}")
@@ -89,7 +88,7 @@ def openings(state: State, config: Config, mute: Collection[str] = frozenset()) 
     if config.limits.experiments is not None:
         room = min(room, config.limits.experiments - asked)
     free = {
-        b.name: slots(b, config) - busy[b.name]
+        b.name: slots(b) - busy[b.name]
         for b in state.branches.values()
         if b.active and b.head is not None and b.name not in mute
     }
@@ -102,7 +101,26 @@ def openings(state: State, config: Config, mute: Collection[str] = frozenset()) 
                 yield name
 
 
-def lacking_baseline(state: State, config: Config) -> Iterator[str]:
+def stale_wins(state: State) -> Iterator[Record]:
+    """What active branches should have proposed again on their heads, and have not yet."""
+    for record in state.experiments():
+        branch = state.branch(record.branch)
+        if record.verdict != "discard" or record.metric is None or branch.best_metric is None:
+            continue
+        if not branch.active or not better(record.metric, branch.best_metric, state.direction):
+            continue
+        decision = state.decision(record.id)
+        if decision and decision.numbers.get("rebase") and not _carried(state, record):
+            yield record
+
+
+def _carried(state: State, record: Record) -> bool:
+    """Whether a win was proposed again on its branch (its description says so, and others may)."""
+    again = (r for r in state.experiments(record.branch) if f" {record.id}: " in r.description)
+    return any(state.experiment(r.id).rebased_from == record.id for r in again)
+
+
+def lacking_baseline(state: State) -> Iterator[str]:
     """Active branches without a head whose baseline is not on its way."""
     on_its_way = {state.record(name).branch for name in state.in_flight}
     for branch in state.branches.values():
@@ -110,7 +128,7 @@ def lacking_baseline(state: State, config: Config) -> Iterator[str]:
             yield branch.name
 
 
-def slots(branch: Branch, config: Config) -> int:
+def slots(branch: Branch) -> int:
     """Experiments that a branch may have in flight."""
     return int(branch.settings.get("slots") or 1)
 

@@ -57,10 +57,16 @@ def _after(state: State, record: Record, seed: int) -> Retry | Crash | Park | No
     last = max(tries, key=lambda r: r.attempt)
     if last.status != "infrastructure":
         return None
-    # Preemption is nobody's fault: it is tried again, and does not count.
-    deaths = [r for r in tries if r.status == "infrastructure" and not r.preempted]
-    fate = None if last.preempted else _fate(state, record.id, deaths)
-    avoid = {r.node for r in deaths if r.node} | excluded_nodes(state)
+    # Preemption is nobody's fault: it is tried again, and does not count. Nor is another GPU model
+    # the fault of node or idea, but it may be all there is.
+    died = [r for r in tries if r.status == "infrastructure" and not r.preempted]
+    deaths = [r for r in died if not r.misplaced]
+    fate: Crash | Park | None = None
+    if last.misplaced:
+        fate = _tired(state, len(died))
+    elif not last.preempted:
+        fate = _fate(state, record.id, deaths)
+    avoid = {r.node for r in deaths if r.node} | avoided_nodes(state, record.branch)
     return fate or Retry(last.attempt + 1, frozenset(avoid))
 
 
@@ -75,9 +81,13 @@ def _fate(state: State, experiment: str, deaths: list[RunRecord]) -> Crash | Par
         if _ran_others(state, last.node, experiment, since=earlier[0].n):
             return Crash(f"died twice on {last.node}, where another experiment ran in between")
         return Park(f"died twice on {last.node}, and nothing else ran there in between")
+    return _tired(state, len(deaths))
+
+
+def _tired(state: State, attempts: int) -> Park | None:
     limit = (state.config.get("executor") or {}).get("max_attempts") or MAX_ATTEMPTS
-    if len(deaths) >= limit:
-        return Park(f"infrastructure killed {len(deaths)} attempts, the last one: see its result")
+    if attempts >= limit:
+        return Park(f"infrastructure killed {attempts} attempts, the last one: see its result")
     return None
 
 
@@ -91,6 +101,11 @@ def _ran_others(state: State, node: str, experiment: str, since: int = -1) -> bo
         not run.died and run.experiment != experiment and run.n > since
         for run in state.nodes.get(node, ())
     )
+
+
+def avoided_nodes(state: State, branch: str) -> frozenset[str]:
+    """Nodes that no run of the branch should be on."""
+    return excluded_nodes(state).union(state.branch(branch).unfit)
 
 
 def excluded_nodes(state: State) -> frozenset[str]:

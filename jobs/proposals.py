@@ -116,7 +116,7 @@ class Proposals:
     def ask(self) -> None:
         """Baselines where there is none yet; a proposal for each free slot."""
         state, config = self._journal.state, self._site.config
-        for branch in list(plan.lacking_baseline(state, config)):
+        for branch in list(plan.lacking_baseline(state)):
             self._ask_safely(branch, self._propose_baseline)
         napping = {b for b, until in self._not_before.items() if datetime.now(UTC) < until}
         branches = self._journal.state.branches
@@ -294,7 +294,7 @@ class Proposals:
         into: str,
         word: str,
         recorded: Sequence[tuple[str, Mapping[str, Any]]] = (),
-    ) -> bool:
+    ) -> str | None:
         """Propose an experiment's edit again on the present head of a branch, by a 3-way merge.
 
         Args:
@@ -302,7 +302,7 @@ class Proposals:
             recorded: as `accept` takes it.
 
         Returns:
-            Whether there is an experiment of it now, and `recorded` in the ledger.
+            Why there is no experiment of it; None: there is, and `recorded` in the ledger.
 
         Raises:
             UserError: no such experiment or branch, a branch without a head.
@@ -315,12 +315,11 @@ class Proposals:
         if head is None:
             raise UserError(f"branch {into} has no head yet")
         merged = self._merged(source.base, source.commit, head)
-        if merged is None:
-            self._say(f"{name} does not merge with the head of {into}: left as it is")
-            return False
         if not merged:
-            self._say(f"{name} is in {into} already")
-            return False
+            conflict = f"{name} does not merge with the head of {into}: left as it is"
+            reason = conflict if merged is None else f"{name} is in {into} already"
+            self._say(reason)
+            return reason
         origin = state.experiment(name)
         proposal = Proposal(
             branch=into,
@@ -333,7 +332,7 @@ class Proposals:
             rebased_from=name,
         )
         self.accept(None, proposal, origin.program_sha256, recorded)
-        return True
+        return None
 
     def _merged(self, base: str, theirs: str, ours: str) -> Mapping[str, str] | None:
         """The files that a merge changes against `ours`; None on a conflict."""

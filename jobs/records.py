@@ -27,6 +27,7 @@ class RunRecord(NamedTuple):
     preempted: bool
     n: int  # count of its run_ended event: orders ends
     place: Place
+    misplaced: bool = False  # on another GPU model than its branch's
 
     @property
     def ok(self) -> bool:
@@ -61,7 +62,7 @@ class Record(NamedTuple):
 
 
 class NodeRun(NamedTuple):
-    """One ended run on a node; preempted ones are left out."""
+    """One ended run on a node; preempted and misplaced ones are left out."""
 
     experiment: str
     died: bool  # of infrastructure
@@ -146,6 +147,7 @@ class Branch:
     retired: str | None = None
     notes: tuple[str, ...] = ()  # what its researcher was told
     spent: Usage = field(default_factory=Usage)
+    unfit: tuple[str, ...] = ()  # nodes that have another GPU model than it wants
     allocated_s: float = 0.0  # seconds that runs held their slot
     training_s: float = 0.0
 

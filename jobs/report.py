@@ -89,6 +89,7 @@ def summary(state: State, controller: str | None = None) -> dict[str, Any]:
         "running": len(state.open_runs),
         "gpu_seconds": {"allocated": state.allocated_s, "training": state.training_s},
         "cost": _cost(state.spent),
+        "refused": state.refused,
         "updated": state.time or None,
     }
 
@@ -171,6 +172,8 @@ def status_text(state: State, controller: str | None = None, now: datetime | Non
         )
     for request in state.requests.values():
         rows.append(f"  asking  {request.branch}  {_since(request.time, now)}")
+    if state.refused:
+        rows.append(f"  the last order was refused: {one_line(state.refused)}")
     rows += ["", *_use(state)]
     if recent := [line(state, r.id) for r in state.recent(5)]:
         rows += ["", *recent[::-1]]

@@ -150,7 +150,9 @@ class Runs:
         if result is None or result.gpu is None or (wanted or "").lower() in result.gpu.lower():
             return result
         why = f"it ran on {result.gpu}, its branch wants {wanted}"
-        return dataclasses.replace(result, status="infrastructure", reason=why, metric=None)
+        details = {**result.details, "misplaced": True}  # no fault of its node, or of the idea
+        died = dataclasses.replace(result, status="infrastructure", reason=why, metric=None)
+        return dataclasses.replace(died, details=details)
 
     def _with_queue(self, run: OpenRun, result: Result) -> Result:
         self._missing_since.pop(run.run.id, None)

@@ -27,7 +27,7 @@ _PROOF_BYTES = 65536  # of the ledger's first and last bytes that a snapshot vou
 # Fields of a State that are JSON as they are (in_flight but for being a tuple).
 _PLAIN = (
     *("campaign", "start", "config", "in_flight", "allocated_s", "training_s", "parked_in_row"),
-    *("paused", "stopped", "fence", "events", "time"),
+    *("refused", "paused", "stopped", "fence", "events", "time"),
 )
 
 

@@ -26,6 +26,7 @@ from server import (
 )
 from tale import PATH, PROGRAM, Tale, settings
 
+from agent import brief
 from agent.api import Model
 from agent.conversation import Anthropic
 from jobs.model import Proposal, Unavailable
@@ -124,6 +125,17 @@ def test_the_history_is_in_the_request_and_records_can_be_read():
         assert words in opening.replace("e0005 on wide", "wide")
     assert "RuntimeError: out of memory [2J" in last_result(server.calls[1].request)
     assert "e0003 discard 1.61" in last_result(server.calls[2].request)
+
+
+def test_a_note_is_told_whole_and_the_newest_wins_of_other_branches_are_shown():
+    tale = Tale(("main", *(f"b{n:02}" for n in range(8))))
+    for branch in ["b00", "b00", *tale.branches[1:], "b07"]:
+        tale.add({PATH: PROGRAM}, 1.5, "keep", branch=branch)
+    tale.put("told", branch="main", text="x" * 3999 + "!")
+    told = brief.digest(tale.state, "main", tale.context())
+    assert "- " + "x" * 3999 + "!\n" in told
+    others = re.findall(r"^(b\d\d): best", told, flags=re.M)
+    assert others == ["b07", "b06", "b05", "b04", "b03", "b02"]
 
 
 def test_what_others_wrote_stays_inside_data_blocks():

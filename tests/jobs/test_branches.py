@@ -17,7 +17,7 @@ from toylab import GIT, Lab, change, check_books
 
 from agent import brief
 from agent.researcher import Context
-from jobs import process, submission
+from jobs import compare, process, submission
 from jobs.config import Executor
 from jobs.errors import ConfigError, UserError
 from jobs.evidence import Evidence
@@ -112,6 +112,8 @@ def test_a_run_on_another_gpu_model_does_not_count(
     reason = "it ran on NVIDIA A100-SXM4-40GB, its branch wants h100"
     assert {result.reason for result in state.results(wrong.id)} == {reason}
     assert wrong.verdict == "parked"
+    assert state.branch("wrong").unfit == ("n1",)
+    assert not any(run.died for run in state.nodes["n1"])
 
 
 def test_a_job_has_its_branchs_node_feature_and_gpu() -> None:
@@ -156,6 +158,13 @@ def test_a_start_commit_that_does_not_exist_pauses_its_branch_alone(make_lab: Ma
     check_books(lab)
 
 
+def test_a_branch_added_without_a_researcher_has_the_campaigns(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), limits={"experiments": 3})
+    lab.run(lambda line: "e0001" in line and autoresearch(lab.root, "branch", "add", "side"))
+    told = {row["branch"]: row["researcher"] for row in compare.rows(lab.state)}
+    assert told == {"main": "scripted", "side": "scripted"}
+
+
 def test_a_branch_added_at_night_has_a_researcher_of_its_own(make_lab: MakeLab) -> None:
     lab = make_lab(change(X=1), executor={"slots": 2}, limits={"experiments": 4})
     once = []
@@ -168,6 +177,7 @@ def test_a_branch_added_at_night_has_a_researcher_of_its_own(make_lab: MakeLab) 
     lab.run(add)
     side = lab.state.branch("side")
     assert side.settings["agent"]["kind"] == "sweep"
+    assert side.settings["program"] == "program.md"
     researchers = {lab.state.experiment(r.id).researcher for r in lab.state.experiments("side")}
     assert researchers == {"none", "sweep"}
     lab.configure(limits={"experiments": 5})
@@ -185,6 +195,11 @@ def test_a_branch_added_at_night_has_a_researcher_of_its_own(make_lab: MakeLab) 
         (["tell", "nobody", "hello"], "no branch 'nobody'; there are gone, main"),
         (["branch", "add", "a..b"], "git allows no '..' in a name"),
         (["branch", "add", "a/b"], "contains '/'"),
+        (["branch", "add", "main"], "branch main exists already"),
+        (["branch", "add", "x", "--start", "nowhere"], "no commit 'nowhere'"),
+        (["branch", "add", "x", "--slots", "-3"], "branches.x.slots: -3 is not allowed"),
+        (["branch", "add", "x", "--node", "n1"], "node and constraint need executor.kind"),
+        (["tell", "main", "x" * 4001], "at most 4000 characters, this one has 4001"),
     ],
 )
 def test_an_order_that_cannot_be_obeyed_is_refused_when_it_is_given(
@@ -207,6 +222,64 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     assert autoresearch(lab.root, "branch", "retire", "gone")[0] == 0
     lab.run()
     return lab
+
+
+def test_a_branch_that_rests_gets_no_rebase_until_it_is_resumed(make_lab: MakeLab) -> None:
+    lab = make_lab(
+        change(X=1),
+        change(Y=1, NAP=1.0),
+        branches={"main": {"slots": 2}},
+        executor={"slots": 2},
+        limits={"experiments": 3},
+    )
+    lab.run(lambda line: "  X 1" in line and lab.order("retire", branch="main"))
+    assert lab.state.decision("e0003").numbers["rebase"]
+    lab.run()  # also not at a start
+    assert len(lab.state.records) == 3
+    lab.order("resume", branch="main")
+    lab.run()
+    assert list(lab.verdicts().values()) == ["keep", "keep", "discard", "keep"]
+    assert lab.state.branch("main").best_metric == 0.0
+    check_books(lab)
+
+
+def test_an_old_conflict_is_not_tried_again_once_a_keep_is_better(make_lab: MakeLab) -> None:
+    lab = make_lab(
+        change(Y=3),
+        change(Y=2, NAP=0.6),
+        branches={"main": {"slots": 2}},
+        executor={"slots": 2},
+        limits={"experiments": 3},
+    )
+    said = "e0003 does not merge with the head of main: left as it is"
+    lab.run()
+    assert lab.lines.count(said) == 1
+    lab.run()
+    assert lab.lines.count(said) == 1  # it is still better than all that was kept
+    lab.write("edits.yaml", yaml.safe_dump([change(), change(), change(Y=1)]))
+    lab.configure(limits={"experiments": 4})
+    lab.run()
+    assert lab.state.branch("main").best_metric == 1.0
+    lab.run()
+    assert said not in lab.lines
+
+
+def test_an_edit_that_conflicts_with_another_branch_is_refused_and_told(make_lab: MakeLab) -> None:
+    lab = make_lab(executor={"slots": 2})
+    lab.scripts(main=[change(Y=3)], side=[change(Y=1)])
+    lab.run()
+    found = next(r for r in lab.state.experiments("side") if r.description == "Y 1")
+    before = lab.state.records
+    assert autoresearch(lab.root, "adopt", found.id, "--into", "main")[0] == 0
+    lab.run()
+    why = f"{found.id} does not merge with the head of main: left as it is"
+    assert [event["refused"] for event in lab.events("order")] == [why]
+    assert f"the last order was refused: adopt: {why}" in autoresearch(lab.root, "status")[1]
+    assert lab.state.records == before
+    lab.order("tell", branch="side", text="well done")
+    lab.run()
+    assert "refused" not in autoresearch(lab.root, "status")[1]
+    check_books(lab)
 
 
 def test_a_retired_branch_that_is_resumed_goes_on(make_lab: MakeLab) -> None:

@@ -35,6 +35,14 @@ def test_branches_stand_side_by_side_with_what_a_gain_cost(toy: Lab) -> None:
     assert second["state"] == "paused"
 
 
+def test_hours_count_each_gpu_of_a_run(toy: Lab) -> None:
+    state = toy.state
+    main = replace(state.branch("main"), allocated_s=7200.0)
+    executor = state.config["executor"] | {"kind": "slurm", "gpus": "h100:2"}
+    found = replace(state, branches={"main": main}, config={**state.config, "executor": executor})
+    assert compare.rows(found)[0]["gpu_hours"] == 4.0
+
+
 def test_the_table_has_a_line_for_each_branch(toy: Lab) -> None:
     status, said = autoresearch(toy.root, "compare")
     header, line = said.splitlines()

@@ -217,6 +217,27 @@ def test_preemption_does_not_count() -> None:
     assert isinstance(story.dies(experiment, "n2"), Crash)
 
 
+def test_another_gpu_model_is_neither_the_nodes_nor_the_ideas_fault() -> None:
+    story, wrong = cluster("n1", "n2", "n3"), {"misplaced": True}
+    story.put("branch_added", branch="choosy", settings={"gpu": "h100"})
+    for node in ("n1", "n1", "n3"):
+        experiment = story.propose("choosy")
+        assert isinstance(story.dies(experiment, node, details=wrong), Retry)
+        story.run(experiment, 1.9, node="n2")
+        story.decide(experiment)
+    assert policy.excluded_nodes(story.state) == frozenset()
+    assert policy.avoided_nodes(story.state, "choosy") == {"n1", "n3"}
+    assert story.dies(story.propose("choosy"), "n2").avoid == {"n1", "n2", "n3"}
+    assert story.dies(story.propose(), "n2").avoid == {"n2"}  # the others' runs may go there
+
+
+def test_attempts_that_find_no_right_gpu_are_bounded() -> None:
+    story = cluster("n1", "n2", "n3")
+    experiment = story.propose()
+    fates = [story.dies(experiment, f"n{n}", details={"misplaced": True}) for n in (1, 2, 3)]
+    assert [type(fate) for fate in fates] == [Retry, Retry, Park]
+
+
 def test_a_node_is_excluded_after_two_different_experiments_that_others_ran() -> None:
     story = cluster("good")
     for number in (1, 2):
