@@ -8,21 +8,29 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.bench.results import record
+from tests.bench.results import REPOSITORY, record
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "trainer"))
+sys.path.insert(0, str(REPOSITORY / "trainer"))
+sys.path.insert(0, str(REPOSITORY / "tests/trainer"))
 
-from programs import load_train
+from prepare import SCALES
+from programs import block, load_train
 
 train, _ = load_train()
 
-# B, T, H, D and the short window, as train.py's scales use them
-SHAPES = {"cpu": ((8, 256, 1, 128), 128), "h100": ((16, 2048, 4, 128), 1024)}
+
+def shape(scale: str, rows: int) -> tuple[tuple[int, int, int, int], int]:
+    """(B, T, H, D) and the first layer's window, as train.py's scale uses them."""
+    c, T = block(train, scale), SCALES[scale].max_seq_len
+    heads = -(-c.depth * c.width_per_layer // c.head_width)
+    return (rows, T, heads, c.head_width), train.layer_windows(c, T)[0]
+
+
+SHAPES = {"cpu": shape("cpu", 8), "h100": shape("h100", 16)}
 
 
 def reference(q, k, v, window):

@@ -15,16 +15,26 @@ import hashlib
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from agent import constants
 from tests.bench import train_runs
-from tests.bench.results import record
+from tests.bench.results import REPOSITORY, record
 from tests.bench.train_runs import Setting
+
+sys.path.insert(0, str(REPOSITORY / "trainer"))
+sys.path.insert(0, str(REPOSITORY / "tests/trainer"))
+
+from prepare import SCALES
+from programs import load_train
+
+train, _ = load_train()
 
 SEEDS = (1, 2, 3, 4, 5)  # of the unchanged program, for sigma
 REPEATS = 3  # of its first seed
@@ -43,11 +53,11 @@ class Variant:
     old: Any
     new: Any
     also: tuple[tuple[str, Any], ...] = ()
+    wider: bool = False  # a wider head may make the model wider: it is as wide as whole heads are
 
     @property
     def excepted(self) -> bool:
-        # The model is as wide as whole heads are: a wider head makes it wider.
-        return self.name in EXCEPTED or (self.name == "head_width" and self.new > self.old)
+        return self.name in EXCEPTED or self.wider
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,29 @@ def variants(block: Mapping[str, Any]) -> Iterator[Variant]:
         for new in news:
             new = round(new, 12) if isinstance(new, float) else new
             if new not in (old, 0):
-                yield Variant(name, old, new, tuple(needed(block, name, new)))
+                wider = width(block | {name: new}) > width(block)
+                yield Variant(name, old, new, tuple(needed(block, name, new)), wider)
 
 
 def needed(block: Mapping[str, Any], name: str, new: Any) -> Iterator[tuple[str, Any]]:
     """What else must change: half a step is a pass of half the rows."""
     if name == "total_batch" and new < block["total_batch"]:
         yield "device_batch", block["device_batch"] // 2
+
+
+def width(block: Mapping[str, Any]) -> int:
+    """Channels of the model, as train.GPT counts them."""
+    head = block["head_width"]
+    return -(-block["depth"] * block["width_per_layer"] // head) * head
+
+
+def idle(block: Mapping[str, Any], variant: Variant, T: int) -> bool:
+    """Whether the change leaves every layer's window as it was: the same program again."""
+    if variant.name not in ("short_window", "window_pattern"):
+        return False
+    before, after = block, dict(block) | {variant.name: variant.new}
+    windows = [train.layer_windows(SimpleNamespace(**b), T) for b in (before, after)]
+    return windows[0] == windows[1]
 
 
 def changed(text: str, scale: str, variant: Variant) -> str:
@@ -150,7 +176,9 @@ class Bench:
     def __init__(self, runs: Runs, text: str, only: tuple[str, ...] = ()):
         self.runs, self.text, self.scale = runs, text, runs.setting.scale
         block = shipped_block(text, self.scale)
-        self.variants = [v for v in variants(block) if not only or v.name in only]
+        T = SCALES[self.scale].max_seq_len
+        wanted = [v for v in variants(block) if not only or v.name in only]
+        self.variants = [v for v in wanted if not idle(block, v, T)]
 
     def baseline(self) -> None:
         first = [Job(self.text, SEEDS[0])]

@@ -4,10 +4,12 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import runs
 from runs import SCALE, T, data_folder
 
 import rows
+from referee import folder as shared
 from referee import protocol
 from referee.client import Session
 from referee.clock import Clock, Terms
@@ -211,12 +214,22 @@ def test_a_shorter_length_goes_on_at_the_same_share_of_the_stream(session):
 
 def test_a_view_stays_until_the_call_after_the_next_one(session):
     one = session()
-    before, _ = one.next(8, T)
-    kept = before.copy()
-    one.next(8, T)
-    time.sleep(0.05)  # the referee writes ahead meanwhile
-    assert np.array_equal(before, kept)
-    assert before.base is not None
+    views = []
+    for count, length in ((8, T), (8, T), (8, T), (4, T), (8, T // 2), (8, T), (4, T), (8, T)):
+        view = one.next(count, length)[0]
+        time.sleep(0.05)  # the referee writes ahead meanwhile
+        views.append((view, view.copy()))
+        assert all(np.array_equal(shown, kept) for shown, kept in views[-2:])
+    assert view.base is not None
+
+
+def test_a_thread_that_fetches_and_one_that_logs_take_turns(session):
+    one = session()
+    with ThreadPoolExecutor() as pool:
+        batches = pool.submit(lambda: [one.next(1, T)[0].copy() for _ in range(200)])
+        logs = pool.submit(lambda: [one.log({"step": i}) for i in range(400)])
+        logs.result()
+        assert np.array_equal(np.concatenate(batches.result()), expected(200))
 
 
 def test_large_batches_are_served_or_refused_in_words(session):
@@ -341,6 +354,17 @@ def test_a_killed_program_takes_its_own_referee_and_folder_along(tmp_path):
     assert not Path(folder).exists()
     time.sleep(0.05)
     assert "referee" not in (Path(f"/proc/{referee}/cmdline").read_text() if alive(referee) else "")
+
+
+def test_alone_with_damaged_data_nothing_is_left(tmp_path, monkeypatch):
+    data = Path(shutil.copytree(data_folder(), tmp_path / "data"))
+    (data / "val.u16").unlink()
+    monkeypatch.delenv("AUTORESEARCH_REFEREE", raising=False)
+    monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
+    with pytest.raises(ConnectionError, match="it ended at its start"):
+        Session.open()
+    ours = f"autoresearch-{os.getpid()}."
+    assert [entry for entry in os.listdir(shared.place()) if entry.startswith(ours)] == []
 
 
 def alive(pid: str) -> bool:

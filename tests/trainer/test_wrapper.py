@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import runs
 from runs import HONEST, REPO, run, start
 
+from jobs import outcome
 from referee import folder as shared
 from referee import sandbox, wrapper
 from referee.task import Task
@@ -107,6 +109,33 @@ def test_numbers_of_a_run_are_the_referees_and_the_kernels(folder):
     assert result["program_cpu_seconds"] > 0.01
     lines = (folder / "run" / "telemetry.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["loss"] == 2.5
+
+
+@pytest.mark.parametrize("step", [True, -1, 10**25, 2**53])
+def test_a_count_that_no_reader_can_hold_is_not_told(folder, step):
+    result = run(folder, f"session.log({{'step': {step}}})\n" + HONEST)
+    assert (result["status"], result["steps"]) == ("ok", None)
+    told = outcome.read(folder / "run", SimpleNamespace(id="e0001-s1-a1"))
+    assert (told.status, told.metric) == ("ok", result["value"])
+
+
+def test_the_controller_reads_only_what_the_schema_names():
+    assert {*outcome.NUMBERS.values(), *outcome.TEXTS} <= schema("result.schema.json")[
+        "properties"
+    ].keys()
+
+
+@pytest.mark.parametrize(("by_others", "status"), [(0, "invalid"), (20, "infrastructure")])
+def test_a_full_disk_is_told_and_is_not_left_full(folder, by_others, status):
+    disk = [sys.executable, str(Path(__file__).with_name("full_disk.py")), str(by_others)]
+    done = subprocess.run(
+        ["unshare", "-rm", *disk, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["status"] == status
+    assert "the disk is full" in result["reason"]
+    assert set(result["files"]) <= runs.KNOWN_FILES
 
 
 def test_a_missing_data_folder_is_infrastructure_in_words(folder):

@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ Answer = Callable[[np.ndarray], None]
 
 
 class Session:
-    """One run's conversation with its referee. Made by `open`, used from one thread.
+    """One run's conversation with its referee. Made by `open`; threads take turns at it.
 
     Attributes:
         folder: the shared folder.
@@ -57,6 +58,7 @@ class Session:
         self.val_bpb: float | None = None
         self.waited_s = 0.0
         self._connection = connection
+        self._turn = threading.Lock()
         self._pid = os.getpid()
         self._file = os.open(folder / protocol.RING_NAME, os.O_RDWR)
         self._map: mmap.mmap | None = None
@@ -169,7 +171,8 @@ class Session:
                 self._own_referee.kill()
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        return _exchange(self._connection, message)
+        with self._turn:  # programs fetch the next batch in a thread, and log in another
+            return _exchange(self._connection, message)
 
     def _view(
         self, reply: Mapping[str, Any], kind: np.dtype, width: int, offset: int | None = None

@@ -16,15 +16,16 @@ from . import protocol
 from .task import Limits
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+LEAST_FREE = 65536  # bytes of a disk, below which it counts as full: nothing more can be recorded
 MAX_FILES = 200_000  # in the scratch folder: inodes are a disk's limit too
-RING_BYTES = 16 * protocol.MAX_SLOT  # three slots and the answers, and what growing leaves behind
+RING_BYTES = 16 * protocol.MAX_SLOT  # four slots and the answers, and what growing leaves behind
 
 
 @dataclass(frozen=True)
 class Breach:
     """A limit that was exceeded: which one, and in words."""
 
-    kind: str  # "memory", "processes", "log", "scratch"
+    kind: str  # "memory", "processes", "log", "scratch", "disk"
     words: str
 
 
@@ -110,6 +111,12 @@ class Watch:
         if files > MAX_FILES:
             return Breach("scratch", f"over {MAX_FILES} files, or folders closed or far too deep")
         with contextlib.suppress(OSError):
+            disk = os.statvfs(self._scratch)
+            if disk.f_blocks and disk.f_bavail * disk.f_frsize < LEAST_FREE:
+                # Within its limits it may not be the one that filled the disk.
+                own = size > disk.f_blocks * disk.f_frsize / 2
+                words = f"the disk is full, {size >> 20} MiB of it by this run"
+                return Breach("scratch" if own else "disk", words)
             if self._ring and os.stat(self._ring).st_size > RING_BYTES:
                 return Breach("scratch", "the shared file was grown by the program")
         return None

@@ -102,7 +102,8 @@ def of_command(ending: Ending, memory_limit_mb: int | None, began: bool = True) 
 def of_breach(ending: Ending) -> tuple[str, str]:
     """(status, reason) of a run that was ended at one of its limits."""
     assert ending.breach is not None
-    return ("oom" if ending.breach.kind == "memory" else "invalid"), ending.breach.words
+    status = {"memory": "oom", "disk": "infrastructure"}.get(ending.breach.kind, "invalid")
+    return status, ending.breach.words
 
 
 def memory_evidence(ending: Ending, limit_mb: int | None, killed: bool) -> str | None:

@@ -12,11 +12,13 @@ import numpy as np
 
 from .protocol import Garbage
 
-SLOTS = 3  # what a view may still show, and one that is written ahead
+# What the two last views may still show, one written ahead, and one in its place when another
+# shape is asked for than was foreseen.
+SLOTS = 4
 
 
 class Ring:
-    """Batches of rows in turn through three slots, and reserved places beside them."""
+    """Batches of rows in turn through four slots, and reserved places beside them."""
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

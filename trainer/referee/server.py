@@ -418,13 +418,15 @@ def main() -> None:
         from .launcher import die_with_parent
 
         die_with_parent(spec["parent"])
-    referee = Referee(spec)
+    referee = None
     try:
+        referee = Referee(spec)
         with accept(Path(spec["shared"]), spec["accept_s"]) as connection:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             referee.serve(connection)
     finally:
-        referee.write_account()
+        if referee is not None:
+            referee.write_account()
         if spec.get("alone"):  # also when the program was killed
             shutil.rmtree(spec["shared"], ignore_errors=True)
 

@@ -47,10 +47,13 @@ class Ending:
 
 
 class Log:
-    """A command's output on disk: head and tail are kept, the middle is counted."""
+    """A command's output on disk: head and tail are kept, the middle is counted.
+
+    What the disk has no room for is only counted, too.
+    """
 
     def __init__(self, path: Path):
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = path.open("wb", buffering=0)
         self._tail: deque[bytes] = deque()
         self._tail_size = 0
         self.size = 0
@@ -60,8 +63,7 @@ class Log:
         room = max(0, HEAD_BYTES - self.size)
         self.size += len(data)
         if room:
-            self._file.write(data[:room])
-            self._file.flush()
+            self._write(data[:room])
         if rest := data[room:]:
             self._tail.append(rest)
             self._tail_size += len(rest)
@@ -74,12 +76,17 @@ class Log:
         """Write the tail. Returns the last few lines of the output."""
         kept = b"".join(self._tail)
         if self._cut:
-            self._file.write(b"\n[... %d bytes were cut here ...]\n" % self._cut)
-        self._file.write(kept)
+            self._write(b"\n[... %d bytes were cut here ...]\n" % self._cut)
+        self._write(kept)
         self._file.close()
         with open(self._file.name, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             return file.read().decode("utf-8", "replace")
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[self._file.write(data) :]
 
 
 class Command:
@@ -189,7 +196,7 @@ def supervise(
         tails = [one.close() for one in logs.values()]
         os.close(command.status)
     exec_seconds = facts.pop("exec_seconds", None)
-    if facts.keys() & {"code", "signal"} and (breach := watch.disk()):
+    if facts.keys() & {"code", "signal", "stopped"} and (breach := watch.disk()):
         facts = {"breach": breach}
     usage = {
         "exit_code": facts.get("code"),

@@ -264,13 +264,15 @@ class Run:
             "scratch_bound": "polling, RLIMIT_FSIZE",
         }
 
-    def keep(self, ok: bool) -> None:
-        """Move what outlives the run out of the scratch folder, then remove it."""
-        if ok:
-            take_file(self.scratch / MODEL, self.dir / MODEL)
-            take_file(self.scratch / SAMPLE, self.dir / SAMPLE, SAMPLE_BYTES)
-            take_cache(self.scratch / "cache", self.dir / "cache", self.task.cache_mb)
-        for path in (self.scratch, self.dir / "scorer"):
+    def keep(self) -> None:
+        """Move what outlives the run out of the scratch folder."""
+        take_file(self.scratch / MODEL, self.dir / MODEL)
+        take_file(self.scratch / SAMPLE, self.dir / SAMPLE, SAMPLE_BYTES)
+        take_cache(self.scratch / "cache", self.dir / "cache", self.task.cache_mb)
+
+    def clear(self) -> None:
+        """Remove what does not: on a full disk this makes room for the result."""
+        for path in (self.scratch, self.dir / "scorer", self.dir / ".score.json"):
             remove(path)
         for name in ("telemetry.jsonl", "scorer.out", "scorer.log", "referee.log"):
             with contextlib.suppress(OSError):
@@ -293,7 +295,8 @@ def run(task: Task) -> dict[str, Any]:
                 folder.sweep(one.scratch.parent, SCRATCH)
             make_scratch(one.scratch)
             facts = one.train() if task.kind == "nanochat" else one.measure()
-            one.keep(facts["status"] == "ok")
+            if facts["status"] == "ok":
+                one.keep()
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)
             words = f"the wrapper failed: {type(error).__name__}: {error}"
@@ -304,6 +307,7 @@ def run(task: Task) -> dict[str, Any]:
                 one.referee.wait()
             if one.shared is not None:
                 shutil.rmtree(one.shared, ignore_errors=True)
+            one.clear()
         result = blank() | of_task(task) | facts | {"started": started, "ended": utc_now()}
         result["reason"] = outcome.printable(result["reason"])
         result |= one.walls()
@@ -367,11 +371,16 @@ def claims(account: Mapping[str, Any], gpu: Mapping[str, str | None]) -> dict[st
     steps, memory = reported.get("step"), reported.get("memory_mb")
     tokens, seconds = account.get("tokens"), account.get("training_seconds")
     return {
-        "steps": steps if isinstance(steps, int) else None,
+        "steps": counted(steps),
         **gpu,
-        "gpu_memory_mb": memory if gpu and isinstance(memory, int | float) else None,
+        "gpu_memory_mb": counted(round(memory)) if gpu and type(memory) in (int, float) else None,
         "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,
     }
+
+
+def counted(value: Any) -> int | None:
+    """A count that a program told, if every reader can hold it; else it counts as not told."""
+    return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def gpu(device: str | None) -> dict[str, str | None]:

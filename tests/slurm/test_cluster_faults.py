@@ -9,17 +9,20 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import small_disk
-from rig import wait_for
+from rig import ROOT, wait_for
 from test_campaign import Lab, branches, edits
 
 from jobs import policy
 from jobs.history import fold
+
+sys.path.append(str(ROOT / "tests" / "jobs"))
+import small_disk
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
