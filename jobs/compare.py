@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs import report, tables
+from jobs import tables
 from jobs.history import State
 from jobs.records import Branch
+from jobs.text import columns
+
+# What `compare` shows, the first column to the left.
+SHOWN = (
+    *("branch", "program", "researcher", "experiments", "kept", "crashed", "first", "best", "gain"),
+    *("gpu_hours", "gain_per_gpu_hour", "gain_per_dollar", "state"),
+)
 
 
 def rows(state: State) -> list[dict[str, Any]]:
@@ -29,6 +36,7 @@ def _row(state: State, branch: Branch) -> dict[str, Any]:
         "researcher": _researcher(branch.settings.get("agent") or state.config.get("agent") or {}),
         "experiments": branch.experiments,
         "kept": branch.kept,
+        "discarded": branch.discarded,
         "crashed": branch.crashed + branch.parked,
         "first": first,
         "best": best,
@@ -54,13 +62,11 @@ def _researcher(agent: Mapping[str, Any]) -> str:
     return f"{kind}:{agent['model']}" if kind == "anthropic" and agent.get("model") else kind
 
 
-def text(state: State) -> str:
-    """The same as a table."""
-    left_out = ("best_experiment", "dollars")
-    found = [{k: v for k, v in row.items() if k not in left_out} for row in rows(state)]
-    cells = [[_cell(state, key, value) for key, value in row.items()] for row in found]
-    titles = [key.replace("_", " ").replace("gpu hour", "hour") for key in found[0]]
-    return "\n".join(report.columns([titles, *cells])) if found else ""
+def text(state: State, chosen: Sequence[str] = SHOWN) -> str:
+    """The same as a table of the columns `chosen`."""
+    cells = [[_cell(state, key, row[key]) for key in chosen] for row in rows(state)]
+    titles = [key.replace("_", " ").replace("gpu hour", "hour") for key in chosen]
+    return "\n".join(columns([titles, *cells])) if cells else ""
 
 
 def _cell(state: State, key: str, value: Any) -> str:

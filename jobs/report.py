@@ -7,11 +7,12 @@ each, without control characters.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs import compare
 from jobs.errors import UserError
 from jobs.history import Branch, State
 from jobs.model import Result, Usage
@@ -23,6 +24,11 @@ from jobs.text import one_line
 if TYPE_CHECKING:
     from jobs.repository import Repository
 
+# Of `compare.rows`, what `status` shows.
+STANDING = (
+    *("branch", "experiments", "kept", "discarded", "crashed"),
+    *("first", "best", "gain", "state"),
+)
 LONGEST_FACT = 200  # characters of one line of a note
 
 
@@ -161,7 +167,7 @@ def status_text(state: State, controller: str | None = None, now: datetime | Non
     ]
     if state_is == "paused" and (remedy := (state.paused or {}).get("remedy")):
         rows.append(f"  {one_line(remedy)}")
-    rows += ["", *_branch_table(state)]
+    rows += ["", compare.text(state, STANDING)]
     for run in state.open_runs.values():
         where = (
             run.submission.node or run.submission.executor if run.submission else "not submitted"
@@ -178,27 +184,6 @@ def status_text(state: State, controller: str | None = None, now: datetime | Non
     if recent := [line(state, r.id) for r in state.recent(5)]:
         rows += ["", *recent[::-1]]
     return "\n".join(rows)
-
-
-def _branch_table(state: State) -> Iterable[str]:
-    titles = ("branch", "experiments", "kept", "discarded", "failed", "first", "best", "gain", "")
-    rows: list[tuple[str, ...]] = [titles]
-    for branch in state.branches.values():
-        first, best = branch.baseline_metric, branch.best_metric
-        gain = "" if first is None or best is None else value(state, abs(first - best))
-        remark = "retired" if branch.retired else "paused" if branch.paused else ""
-        counts = (branch.experiments, branch.kept, branch.discarded, branch.crashed + branch.parked)
-        scores = (value(state, first), value(state, best), gain, remark)
-        rows.append((branch.name, *map(str, counts), *scores))
-    return columns(rows)
-
-
-def columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Rows of cells as lines, the first column to the left, the others to the right."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        yield "  ".join(["", name.ljust(widths[0]), *aligned]).rstrip()
 
 
 def _use(state: State) -> list[str]:

@@ -31,6 +31,7 @@ from jobs.model import Experiment, Result
 from jobs.recorded import INSTALL, Clone, Original, budgeted, original, require
 from jobs.records import Record
 from jobs.tables import value, write_whole
+from jobs.text import columns
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def text(state: State, told: Mapping[str, Any]) -> str:
             where = f"{r['node']}, {r['gpu'] or r['cpu'] or 'unknown processor'}"
             rows.append((kind, r["status"], value(state, r["metric"]), took, where))
     title = f"{told['experiment']}  {told['commit'][:10]}  {told['branch']}  {told['description']}"
-    lines = [title, *(f"  {change}" for change in told["changed"]), *report.columns(rows)]
+    lines = [title, *(f"  {change}" for change in told["changed"]), *columns(rows)]
     if told["difference"] is not None and not told["changed"]:
         allowed = f"allowed are {told['tolerance']:.3g}, {told['spread']}"
         lines.append(f"  difference {told['difference']:+.6g}; {allowed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -37,4 +38,9 @@ class Screen:
         self._shown = text
 
     def _print(self, text: str) -> None:
-        print(text, end="", file=self._out, flush=True)
+        try:
+            print(text, end="", file=self._out, flush=True)
+        except OSError:
+            # A closed terminal, a pipe that nobody reads: no reason to end a night. What comes
+            # later, the interpreter's own last flush included, goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), self._out.fileno())

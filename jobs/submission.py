@@ -66,9 +66,6 @@ class Executor(Protocol):
 
     def cancel(self, submissions: Sequence[Submission]) -> None: ...
 
-    def slots(self) -> int | None:
-        """Runs that fit at once, None where only the queue knows."""
-
     def close(self) -> None: ...
 
 
@@ -208,9 +205,6 @@ class LocalExecutor:
                         os.kill(int(submission.job.partition("@")[0]), number)
             while any(process.alive(s.job) for s in submissions) and time.monotonic() < deadline:
                 time.sleep(0.05)
-
-    def slots(self) -> int | None:
-        return max(1, len(self._devices))
 
     def close(self) -> None:
         """Runs are not ended: who starts the controller again adopts them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 
 def one_line(text: str | bytes, limit: int | None = None) -> str:
     """One line of printable characters: breaks, tabs and control characters become one space.
@@ -22,3 +24,11 @@ def lines(text: str) -> str:
         "".join(c if c.isprintable() or c == "\t" else " " for c in line).rstrip()
         for line in text.splitlines()
     )
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Rows of cells as lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join(["", name.ljust(widths[0]), *aligned]).rstrip()

@@ -417,9 +417,6 @@ class AllocationRuns:
             elif _key(entry) not in steps and self._attached(entry):
                 self._sruns[entry.run].terminate()  # it still waits for its step
 
-    def slots(self) -> int | None:
-        return self._settings.nodes * script.per_node(self._settings)
-
     def close(self) -> None:
         """Give the nodes back if nothing runs there; else for the next controller to find.
 

@@ -217,9 +217,6 @@ class SlurmExecutor:
         if jobs:
             scancel(jobs)
 
-    def slots(self) -> int | None:
-        return None
-
     def close(self) -> None:
         """Jobs go on: who starts the controller again finds them."""
 

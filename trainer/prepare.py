@@ -61,7 +61,8 @@ SCALES = {
         Scale("h100", 2048, 8192, 40 * 2**19, 2**19, "wall", 300, startup_free_s=120),
         # Cards of 8 to 24 GB.
         Scale("small", 1024, 8192, 2**21, 2**16, "wall", 300, startup_free_s=180),
-        # Two cores, about 20 s. In tokens: on a shared machine, seconds do not repeat.
+        # About 20 s on two cores, a minute on one. In tokens: on a shared machine, seconds do not
+        # repeat.
         Scale("cpu", 256, 2048, 2**17, 2**11, "tokens", 400 * 2**11, startup_free_s=300),
     )
 }
@@ -373,7 +374,10 @@ def prepare(source, scale: Scale, folder: Path, offline=False, download_only=Fal
     with contextlib.nullcontext() if manifest.exists() else _alone(folder):
         if manifest.exists():
             _same(manifest, request)
-            return rows.check(folder)
+            found = rows.check(folder)
+            with contextlib.suppress(OSError):  # read-only
+                _pack_shorter(folder, scale)
+            return found
         _begin(folder, request)
         corpora.fetch(source, folder, offline)
         if download_only:
@@ -384,6 +388,7 @@ def prepare(source, scale: Scale, folder: Path, offline=False, download_only=Fal
         counts = {split: _pack(folder, split, paths[split], tokenizer, scale) for split in paths}
         made = {"shards": shards, "counts": counts, "versions": _versions()}
         made |= {"vocab_size": tokenizer.get_vocab_size(), "bos": tokenizer.get_bos_token_id()}
+        _pack_shorter(folder, scale)
         return rows.write_manifest(folder, request | made)
 
 
@@ -453,6 +458,15 @@ def _pack(folder: Path, split: str, shards: list[Path], tokenizer: Tokenizer, sc
     tokens, offsets, _ = rows.arena(folder, split)
     packed = json.loads(facts.read_text())["rows"]
     return {"documents": len(offsets) - 1, "tokens": tokens.size, "rows": packed}
+
+
+def _pack_shorter(folder: Path, scale: Scale) -> None:
+    """Training rows of half and a quarter of the context, which programs also ask for."""
+    import rows
+
+    for T in (scale.max_seq_len // 2, scale.max_seq_len // 4):
+        if not rows.rows_path(folder, "train", T).with_suffix(".json").exists():
+            rows.bake_into(folder, "train", T)
 
 
 def _cores() -> int:

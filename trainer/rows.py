@@ -16,6 +16,9 @@ has one is complete):
     {split}.refills             int64: the document count after each refill (128, or a group's rest)
     rows-{split}-{T}.u16, .json the baked rows (N, T+1), and {rows, T, bytes, sha256, epochs}
 
+Training rows are also baked for half and a quarter of the longest T. A complete folder from before
+that gets them without a new manifest, and so keeps its identity; their .json holds their hash.
+
 numpy only: the referee imports this, and never torch.
 """
 
@@ -202,7 +205,7 @@ class RowStream:
 
     A position counts rows from the start of the stream. Seed 0 is the packed order; any other
     seed permutes 1,024 blocks of consecutive rows, anew in each pass. A T that was not prepared
-    is baked on first use: beside the others where the folder is writable, else in memory.
+    is baked into memory: what a program asks for never writes to the data folder.
 
     Raises DataError when the folder is incomplete or damaged, or T is not 1..max_seq_len.
     """
@@ -278,7 +281,7 @@ def block_order(seed: int, passes: int, blocks: int) -> list[int]:
 
 
 def _open_rows(folder: Path, split: str, T: int):
-    """The open rows file and its facts; baked now where it does not exist."""
+    """The open rows file and its facts; baked into memory now where it does not exist."""
     path = rows_path(folder, split, T)
     with contextlib.suppress(FileNotFoundError):
         facts = json.loads(path.with_suffix(".json").read_text())
@@ -286,12 +289,8 @@ def _open_rows(folder: Path, split: str, T: int):
         return path.open("rb", buffering=0), facts
     if not (folder / f"{split}.u16").exists():
         raise DataError(f"{folder} has no split {split!r}.")
-    try:
-        facts = bake_into(folder, split, T)
-        return path.open("rb", buffering=0), facts
-    except OSError:  # read-only, or full
-        file = _memory_file(path.name)
-        return file, bake(folder, split, T, file)
+    file = _memory_file(path.name)
+    return file, bake(folder, split, T, file)
 
 
 def _memory_file(name: str):

@@ -61,9 +61,6 @@ class Driver:
     def close(self) -> None:
         self.executor.close()
 
-    def slots(self) -> Any:
-        return self.executor.slots()
-
     def _finished(self, run: str) -> bool:
         return (self.folder / "runs" / run.replace("-", "/", 1) / "result.json").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -62,6 +63,15 @@ def data_folder() -> Path:
     return base / "data"
 
 
+def listing(*folders: Path) -> dict[str, tuple[int, int]]:
+    """(size, time of change in ns) of every file below the folders, by path."""
+    found = {}
+    for path in itertools.chain.from_iterable(folder.rglob("*") for folder in folders):
+        stat = path.lstat()
+        found[str(path)] = stat.st_size, stat.st_mtime_ns
+    return found
+
+
 def remove_data() -> None:
     if data_folder.cache_info().currsize:
         shutil.rmtree(data_folder().parent)
@@ -87,6 +97,7 @@ class Started:
     process: subprocess.Popen
     run_dir: Path
     marker: str  # in the environment of every process of its program
+    before: dict[str, tuple[int, int]]  # listing of what the run may not change
 
     def pids(self, word: str = "") -> list[int]:
         """Living processes of the program whose command line holds `word`."""
@@ -113,13 +124,14 @@ class Started:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def result(self) -> dict:
-        """result.json, after the wrapper has ended; asserts that nothing is left."""
+        """result.json, after the wrapper has ended; asserts that nothing is left, nor changed."""
         self.process.wait(60)
         assert self.pids() == []
         shm = [name for name in os.listdir("/dev/shm") if f"-{self.process.pid}." in name]
         assert shm == []
         found = json.loads((self.run_dir / "result.json").read_text())
         assert {path.name for path in self.run_dir.iterdir()} <= KNOWN_FILES
+        assert listing(self.run_dir.parent / "program", data_folder()) == self.before
         return found
 
 
@@ -168,8 +180,9 @@ def start(
         for path in (folder, place, run_dir):
             os.chown(path, user, user)
         argv = as_user(user, argv)
+    before = listing(place, data_folder())
     process = subprocess.Popen([*through, *argv], cwd=REPO, stdout=subprocess.DEVNULL)
-    return Started(process, run_dir, marker)
+    return Started(process, run_dir, marker, before)
 
 
 def run(folder: Path, program: str, user: int | None = None, **task) -> dict:

@@ -104,6 +104,11 @@ def test_sleeping_past_the_close_is_a_crash_that_says_so(folder):
     assert result["value"] is None
 
 
+def test_rows_of_any_length_fill_no_folder_but_its_own(folder):
+    program = "for length in (64, 31, 17, 9, 64): session.next(1, length)\nevaluate()"
+    assert run(folder, program)["status"] == "ok"
+
+
 @WITH_AND_WITHOUT
 def test_ten_gigabytes_of_log_are_invalid_and_the_log_keeps_head_and_tail(folder, isolation):
     program = "import os\nprint('first')\nfor _ in range(10_000): os.write(1, b'x' * 2**20)"

@@ -1,6 +1,5 @@
 """The row stream: upstream's to the token, in a seed's order, and never from damaged files."""
 
-import errno
 import hashlib
 import itertools
 import json
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import listing
 
 import rows
 from corpora import Source
@@ -178,16 +178,28 @@ def test_another_T_goes_on_at_the_same_fraction_of_the_stream(stdlib):
         assert 0 <= there / short_rows.rows - position / long_rows.rows < 1 / short_rows.rows
 
 
-def test_a_folder_that_cannot_be_written_is_served_from_memory(stdlib, monkeypatch):
-    def read_only(*_):
-        raise OSError(errno.EROFS, "Read-only file system")
+def test_a_T_that_was_not_prepared_is_served_from_memory(stdlib):
+    before = listing(stdlib)
+    batch, _, _ = rows.RowStream(stdlib, "train", 31).take(7, 3)
+    assert listing(stdlib) == before
+    packed = np.concatenate([block for block, _ in rows.packed_rows(stdlib, "train", 31, 10)])
+    assert np.array_equal(batch, packed[3:])
 
-    monkeypatch.setattr(rows, "bake_into", read_only)
-    before = sorted(stdlib.iterdir())
-    batch, _, _ = rows.RowStream(stdlib, "val", 31).take(7, 3)
-    assert sorted(stdlib.iterdir()) == before
-    monkeypatch.undo()
-    assert np.array_equal(rows.RowStream(stdlib, "val", 31).take(7, 3)[0], batch)
+
+def test_half_and_a_quarter_are_prepared_also_in_a_folder_from_before(copy):
+    names = [f"rows-train-{T}{suffix}" for T in (64, 128) for suffix in (".u16", ".json")]
+    before = {name: (copy / name).read_bytes() for name in names}
+    manifest = rows.read_manifest(copy)
+    old = {name: fact for name, fact in manifest["files"].items() if name not in names}
+    rows.write_json(copy / "manifest.json", manifest | {"files": old})
+    identity = rows.manifest_sha256(copy)
+    arena = (copy / "train.u16").stat().st_mtime_ns
+    for name in names:
+        (copy / name).unlink()
+    prepare(Source("stdlib"), SMALL, copy)
+    assert {name: (copy / name).read_bytes() for name in names} == before
+    assert rows.manifest_sha256(copy) == identity
+    assert (copy / "train.u16").stat().st_mtime_ns == arena
 
 
 @pytest.mark.parametrize("T", [0, 257, -1])
@@ -217,11 +229,10 @@ def test_a_file_cut_short_is_noticed_at_opening(copy, name):
         rows.RowStream(copy, "train", 256)
 
 
-def test_a_lazily_baked_file_cut_short_is_noticed_too(copy):
-    rows.RowStream(copy, "val", 33).close()
-    os.truncate(copy / "rows-val-33.u16", 1000)
-    with pytest.raises(rows.DataError, match=r"rows-val-33\.u16 has 1,000 bytes"):
-        rows.RowStream(copy, "val", 33)
+def test_shorter_rows_cut_short_are_noticed_too(copy):
+    os.truncate(copy / "rows-train-128.u16", 1000)
+    with pytest.raises(rows.DataError, match=r"rows-train-128\.u16 has 1,000 bytes"):
+        rows.RowStream(copy, "train", 128)
 
 
 def test_a_missing_file_is_named(copy):
@@ -250,11 +261,10 @@ def test_verify_names_the_changed_file_and_both_hashes(copy):
         rows.verify(copy)
 
 
-def test_verify_hashes_lazily_baked_rows_as_well(copy):
-    rows.RowStream(copy, "val", 40).close()
-    with (copy / "rows-val-40.u16").open("r+b") as file:
+def test_verify_hashes_shorter_rows_as_well(copy):
+    with (copy / "rows-train-128.u16").open("r+b") as file:
         file.write(b"\xff")
-    with pytest.raises(rows.DataError, match=r"rows-val-40\.u16 has sha256"):
+    with pytest.raises(rows.DataError, match=r"rows-train-128\.u16 has sha256"):
         rows.verify(copy)
 
 

@@ -36,7 +36,6 @@ class Feed:
 
     def __init__(self, folder: Path, seed: int, longest: int, ring: Ring):
         self._folder, self._seed, self._longest, self._ring = folder, seed, longest, ring
-        self._streams: dict[int, data.RowStream] = {}
         self._stream: data.RowStream | None = None
         self._position = 0
         self._ahead: tuple[tuple[int, int], tuple[np.ndarray, int, int], int] | None = None
@@ -83,15 +82,22 @@ class Feed:
             self._write_ahead(count, length)
 
     def _write_ahead(self, count: int, length: int) -> None:
-        stream = self._streams.get(length)
-        if stream is None:
-            stream = data.RowStream(self._folder, "train", length, self._seed)
-            self._streams[length] = stream
-        if self._stream is not None and stream is not self._stream:
-            self._position = stream.follow(self._stream, self._position)
-        self._stream = stream
+        if self._stream is None or length != self._stream.T:
+            self._change(length)
+        stream = self._stream
+        assert stream is not None
         batch = stream.take(count, self._position)
         self._ahead = (count, length), batch, self._ring.put(batch[0])
+
+    def _change(self, length: int) -> None:
+        """Go on with rows of another length. One stream is open at a time: it may fill memory."""
+        before, self._stream = self._stream, None
+        if before is not None:
+            before.close()
+        stream = data.RowStream(self._folder, "train", length, self._seed)
+        if before is not None:
+            self._position = stream.follow(before, self._position)
+        self._stream = stream
 
 
 class Referee:
