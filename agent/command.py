@@ -159,11 +159,16 @@ class Command:
     def _watch(
         self, child: subprocess.Popen[bytes], deadline: float, context: Context
     ) -> str | None:
+        look = 0.0  # at its memory: once a second, for that reads every process of the machine
         while child.poll() is None:
             if context.stop.wait(0.1):
                 return "stopping"
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 return f"it ran beyond agent.deadline ({self._settings.deadline:g} s)"
+            if now < look:
+                continue
+            look = now + 1.0
             if _memory_mb(child.pid) > self._settings.memory_mb:
                 return f"it used more than agent.memory_mb ({self._settings.memory_mb})"
         return None

@@ -295,9 +295,12 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
         details["experiment"] = report.find(state, details["experiment"]).id
     if order == "tell":
         inbox.note(details["text"])
-    inbox.send(directory, order, **details)
     holder = lease.holder(directory)
-    if holder is None or holder.gone(_config(arguments).lease.stale_after):
+    idle = holder is None or holder.gone(_config(arguments).lease.stale_after)
+    if idle and order == "stop":
+        raise UserError(f"nothing to stop: no controller runs campaign {state.campaign}")
+    inbox.send(directory, order, **details)
+    if idle:
         print(f"{order}: left in {directory / 'inbox'}; obeyed when `autoresearch run` starts")
     else:
         print(f"{order}: left for {holder}")

@@ -41,7 +41,7 @@ def _name(text: str) -> str:
 
 def _time_of_day(value: Any) -> Any:
     """'07:30'; YAML 1.1 reads an unquoted 22:30 as the number 1350 (base 60)."""
-    if isinstance(value, int) and 0 <= value < 1440:
+    if isinstance(value, int) and 60 <= value < 1440:  # below, it was no time: 'until: 7'
         value = f"{value // 60:02d}:{value % 60:02d}"
     if isinstance(value, str) and not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value):
         raise ValueError("a time of day is '07:30'")
@@ -238,7 +238,9 @@ class Limits:
     """When the campaign ends; whichever comes first, null: never."""
 
     experiments: Count | None = _says(None, "experiments, baselines included")
-    hours: Positive | None = _says(None, "hours from the start of autoresearch run")
+    hours: Annotated[float, Field(gt=0, le=87_600)] | None = _says(
+        None, "hours from the start of autoresearch run"
+    )
     until: TimeOfDay | None = _says(None, "time of day, '07:30'")
     target: float | None = _says(None, "the metric to reach")
 
@@ -320,7 +322,7 @@ def parse(
     data = _inherit({k: {} if v is None else v for k, v in data.items()}, name)
     try:
         # By way of JSON, since strict validation takes lists for tuples there only.
-        config = TypeAdapter(Config).validate_json(json.dumps(data, default=str))
+        config = TypeAdapter(Config).validate_json(_json(data, name))
     except ValidationError as error:
         found = _once(error.errors(include_url=False))
         raise ConfigError(_report(name, [_words(item) for item in found])) from None
@@ -328,6 +330,13 @@ def parse(
     if problems := list(_conflicts(config)):
         raise ConfigError(_report(name, problems))
     return config
+
+
+def _json(data: Any, name: str) -> str:
+    try:
+        return json.dumps(data, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{name} cannot be read: {error}") from None
 
 
 def added(config: Config, name: str, settings: Mapping[str, Any]) -> Config:
@@ -352,6 +361,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is one word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
@@ -371,7 +382,7 @@ def _yaml(path: Path, remedy: str) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path} could not be read: {error.strerror}. {remedy}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)

@@ -178,6 +178,7 @@ class Controller:
                 self._tidy(record.id)
         self._carry_over_stale()
         self.runs.adopt()
+        self._forget_stops()
         self._take_orders()  # also those that a campaign at its end would not come to
 
     def _restore_refs(self) -> None:
@@ -196,6 +197,14 @@ class Controller:
                 self.journal.record("branch_resumed", branch=branch.name, reason="started again")
 
     # -- orders -----------------------------------------------------------------------------------
+
+    def _forget_stops(self) -> None:
+        """A stop that came when nobody ran, or too late, was not meant for this start."""
+        for path, content in inbox.waiting(self.folder):
+            if content["order"] == "stop":
+                self.say("an order to stop from before this start is dropped")
+                with effect("inbox.take"):
+                    path.unlink(missing_ok=True)
 
     def _take_orders(self) -> None:
         for path, content in inbox.waiting(self.folder):

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.errors import UserError
 
 ORDERS = ("stop", "tell", "pause", "resume", "retire", "add", "adopt")
+TEXTS = ("order", "branch", "text", "experiment", "into")  # beside these: settings
 LARGEST = 65_536  # bytes; an order is a sentence, not a file
 NOTE = 4000  # characters of what a researcher is told
 
@@ -40,9 +41,20 @@ def waiting(campaign_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted((campaign_dir / "inbox").glob("[!.]*.json")):
         try:
             with open(path, "rb") as file:
-                content = json.loads(file.read(LARGEST))
-            if not isinstance(content, dict) or content.get("order") not in ORDERS:
-                raise ValueError(f"an order is one of {', '.join(ORDERS)}")
-        except (OSError, ValueError) as error:
+                content = _order(json.loads(file.read(LARGEST)))
+        except (OSError, ValueError, RecursionError) as error:
             content = {"order": "", "why": str(error)[:200]}
         yield path, content
+
+
+def _order(content: Any) -> dict[str, Any]:
+    """What the ledger may record of an order. Raises ValueError: it is none."""
+    if not isinstance(content, dict) or content.get("order") not in ORDERS:
+        raise ValueError(f"an order is one of {', '.join(ORDERS)}")
+    order: dict[str, Any] = {key: str(content[key]) for key in TEXTS if key in content}
+    if settings := content.get("settings"):
+        if not isinstance(settings, dict):
+            raise ValueError("an order's settings are a mapping")
+        json.dumps(settings, allow_nan=False)
+        order["settings"] = settings
+    return order

@@ -23,7 +23,7 @@ def run(
     show: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Run or resume the campaign. Returns why it ended. Raises as `Controller.run`."""
-    if config.data == Data():  # the embedded default: seconds, and nothing to fetch
+    if config.task.kind != "general" and config.data == Data():  # seconds, nothing to fetch
         lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
     with campaign.opened(config, root, say) as opened:
         state = opened.state
@@ -49,13 +49,16 @@ class Cast:
 
     def __call__(self, branch: Branch) -> Researcher:
         """The branch's own researcher. Raises UserError for settings that do not make one."""
-        if branch.name not in self._researchers:
-            settings = self._settings(branch)
+        return self.of(branch.name, self._settings(branch))
+
+    def of(self, branch: str, settings: Agent) -> Researcher:
+        """The same, by the name of the branch and the settings of its researcher."""
+        if branch not in self._researchers:
             if settings.script is not None:
                 script = str(self._root / settings.script)
                 settings = dataclasses.replace(settings, script=script)
-            self._researchers[branch.name] = researcher(settings, self._config.agent.caps)
-        return self._researchers[branch.name]
+            self._researchers[branch] = researcher(settings, self._config.agent.caps)
+        return self._researchers[branch]
 
     def understudy(self, branch: Branch) -> Researcher | None:
         """Who steps in while a branch's researcher is unavailable: the sweep, for a paid one."""
@@ -78,7 +81,9 @@ def dry_run(config: Config, root: Path) -> str:
     start = repository.start("HEAD")
     for path in config.task.editable:
         repository.read(start, path)
-    site = campaign.site(config, root)
+    site, cast = campaign.site(config, root), Cast(config, root)
+    for name, branch in config.branches.items():
+        cast.of(name, branch.agent)
     experiment = Experiment(
         "e0001", next(iter(config.branches)), start, start, None, "baseline", "none", ""
     )

@@ -120,12 +120,16 @@ def _carried(state: State, record: Record) -> bool:
     return any(state.experiment(r.id).rebased_from == record.id for r in again)
 
 
-def lacking_baseline(state: State) -> Iterator[str]:
-    """Active branches without a head whose baseline is not on its way."""
+def lacking_baseline(state: State, config: Config) -> Iterator[str]:
+    """Active branches without a head whose baseline is not on its way, within the limit."""
     on_its_way = {state.record(name).branch for name in state.in_flight}
-    for branch in state.branches.values():
-        if branch.active and branch.head is None and branch.name not in on_its_way:
-            yield branch.name
+    lacking = [
+        branch.name
+        for branch in state.branches.values()
+        if branch.active and branch.head is None and branch.name not in on_its_way
+    ]
+    limit = config.limits.experiments
+    yield from lacking if limit is None else lacking[: max(0, limit - len(state.records))]
 
 
 def slots(branch: Branch) -> int:

@@ -116,7 +116,7 @@ class Proposals:
     def ask(self) -> None:
         """Baselines where there is none yet; a proposal for each free slot."""
         state, config = self._journal.state, self._site.config
-        for branch in list(plan.lacking_baseline(state)):
+        for branch in list(plan.lacking_baseline(state, config)):
             self._ask_safely(branch, self._propose_baseline)
         napping = {b for b, until in self._not_before.items() if datetime.now(UTC) < until}
         branches = self._journal.state.branches

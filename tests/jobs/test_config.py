@@ -154,6 +154,15 @@ def test_a_site_file_that_is_not_there_is_told_as_that(tmp_path: Path) -> None:
         ),
         ({"limits": {"hours": -1}}, "limits.hours: -1 is not allowed: should be greater than 0"),
         (
+            {"limits": {"hours": 1e8}},
+            "limits.hours: 100000000.0 is not allowed: should be less than or equal to 87600",
+        ),
+        ({"limits": {"until": 7}}, "limits.until: 7 is not allowed: should be a valid string"),
+        (
+            {"limits": {"until": True}},
+            "limits.until: True is not allowed: should be a valid string",
+        ),
+        (
             {"budget": {"wall": 300, "tokens": 5}},
             "budget: has both wall and tokens; give one of them",
         ),
@@ -285,3 +294,20 @@ def test_without_a_zone_the_systems_own_rules_apply(monkeypatch: pytest.MonkeyPa
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "? [a]\n: 1\n",
+        "a: &a [*a]\n",
+        "a: " + "[" * 3000 + "]" * 3000,
+        "limits: {hours: " + "9" * 5000 + "}",
+    ],
+)
+def test_what_yaml_allows_and_settings_do_not_is_refused_in_words(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        config.load(file(tmp_path, text), {})
+    assert str(tmp_path / "campaign.yaml") in str(refusal.value)

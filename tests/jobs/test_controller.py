@@ -367,6 +367,11 @@ def test_an_adopted_edit_is_merged_onto_the_head_and_measured(make_lab: MakeLab)
         ({"order": "adopt", "experiment": "e9999", "into": "main"}, "there is no 'e9999'"),
         ({"order": "adopt", "experiment": None, "into": 3}, "there is no 'None'"),
         ({"order": "fly"}, "an order is one of stop, tell"),
+        ({"order": "add", "branch": "x", "settings": "abc"}, "settings are a mapping"),
+        (
+            {"order": "add", "branch": "x", "settings": {"slots": float("inf")}},
+            "not JSON compliant",
+        ),
     ],
 )
 def test_an_order_that_cannot_be_obeyed_is_told_recorded_and_gone(
@@ -376,6 +381,34 @@ def test_an_order_that_cannot_be_obeyed_is_told_recorded_and_gone(
     lab.run(when(f"campaign {lab.name}", lambda: lab.order(**order)))
     assert [line for line in lab.lines if "refused" in line and words in line]
     assert len(lab.events("order")) == 1
+    check_books(lab)
+
+
+def test_an_order_brings_no_fields_of_its_own_into_the_ledger(make_lab: MakeLab) -> None:
+    lab = make_lab(limits={"experiments": 1})
+    odd = {"v": 9, "n": 0, "fence": 99, "event": "decided", "mono": 0, "time": "now"}
+    lab.run(when(f"campaign {lab.name}", lambda: lab.order("tell", branch="main", text="hm", **odd)))
+    (order,) = lab.events("order")
+    assert (order["v"], order["event"], order["fence"]) == (1, "order", 1)
+    check_books(lab)
+
+
+def test_an_order_to_stop_that_nobody_heard_does_not_end_the_next_night(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), limits={"experiments": 1})
+    lab.run()
+    lab.order("stop")
+    lab.configure(limits={"experiments": 2})
+    assert lab.run() != "stopped by order"
+    assert any("from before this start is dropped" in line for line in lab.lines)
+    assert lab.verdicts() == {"baseline": "keep", "X 1": "keep"}
+    check_books(lab)
+
+
+def test_the_limit_of_experiments_binds_baselines(make_lab: MakeLab) -> None:
+    lab = make_lab(limits={"experiments": 1})
+    lab.scripts(one=[], two=[], three=[])
+    lab.run()
+    assert len(lab.state.records) == 1
     check_books(lab)
 
 
