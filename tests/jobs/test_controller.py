@@ -387,9 +387,10 @@ def test_an_order_that_cannot_be_obeyed_is_told_recorded_and_gone(
 def test_an_order_brings_no_fields_of_its_own_into_the_ledger(make_lab: MakeLab) -> None:
     lab = make_lab(limits={"experiments": 1})
     odd = {"v": 9, "n": 0, "fence": 99, "event": "decided", "mono": 0, "time": "now"}
-    lab.run(when(f"campaign {lab.name}", lambda: lab.order("tell", branch="main", text="hm", **odd)))
-    (order,) = lab.events("order")
-    assert (order["v"], order["event"], order["fence"]) == (1, "order", 1)
+    order = {"order": "tell", "branch": "main", "text": "hm", **odd}
+    lab.run(when(f"campaign {lab.name}", lambda: lab.order(**order)))
+    (recorded,) = lab.events("order")
+    assert (recorded["v"], recorded["event"], recorded["fence"]) == (1, "order", 1)
     check_books(lab)
 
 

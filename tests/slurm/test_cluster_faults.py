@@ -125,8 +125,7 @@ def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kin
     night.check_books()
     state = fold(ledger.read(night.folder / "ledger.jsonl"))
     assert policy.excluded_nodes(state) == {"n2"}
-    assert {r.verdict for r in state.experiments()} == {"keep"}
-    assert len(state.experiments()) == 24
+    assert [r.verdict for r in state.experiments()] == ["keep"] * 24
     dead = [e["result"] for e in night.events("run_ended") if e["result"]["node"] == "n2"]
     assert {result["status"] for result in dead} == {"infrastructure"}
     assert len(dead) <= 4  # the two that tell, and what was on its way meanwhile
