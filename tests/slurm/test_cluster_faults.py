@@ -126,9 +126,10 @@ def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kin
     state = fold(ledger.read(night.folder / "ledger.jsonl"))
     assert policy.excluded_nodes(state) == {"n2"}
     assert [r.verdict for r in state.experiments()] == ["keep"] * 24
-    dead = [e["result"] for e in night.events("run_ended") if e["result"]["node"] == "n2"]
-    assert {result["status"] for result in dead} == {"infrastructure"}
-    assert len(dead) <= 4  # the two that tell, and what was on its way meanwhile
+    results = [event["result"] for event in night.events("run_ended")]
+    dead = [result for result in results if result["status"] == "infrastructure"]
+    assert {result["node"] for result in dead} == {"n2"}
+    assert 2 <= len(dead) <= 4  # the two that tell, and what was on its way meanwhile
 
 
 @pytest.fixture
