@@ -364,7 +364,12 @@ def _adds_few_lines(edit: Edit) -> Iterator[str]:
 def line_counts(old: str, new: str) -> tuple[int, int]:
     """(lines added, lines removed) between two texts, as `git diff --numstat` counts them."""
     added = removed = 0
-    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
+    before, after = old.splitlines(), new.splitlines()
+    for _ in ("head", "tail"):  # what is common there need not be matched: as git does, too
+        pairs = enumerate(zip(before, after, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+        before, after = before[same:][::-1], after[same:][::-1]
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     for kind, start, end, new_start, new_end in matcher.get_opcodes():
         if kind != "equal":
             removed += end - start

@@ -13,6 +13,7 @@ from datetime import datetime
 from jobs.errors import AutoresearchError, UserError
 
 TIMEOUT_S = 20.0  # the commands themselves give up on a dead slurmctld after some 9 s
+SUBMIT_S = 60.0  # longer: a submission that is given up may have succeeded
 
 # All that Slurm's commands and our jobs are given of the caller's environment: no key or token can
 # slip into a job, where the program could read it. Slurm adds its own variables.
@@ -87,6 +88,15 @@ def ask(argv: Sequence[str], stdin: str | None = None, timeout_s: float = TIMEOU
     if done.returncode != 0:
         raise Unanswered(f"{argv[0]}: {words(done.stderr or done.stdout)}")
     return done.stdout
+
+
+def sbatch(script: str) -> str:
+    """Submit a job; its id. Raises Busy, Unanswered or UserError, as `refusal` tells them apart."""
+    try:
+        said = ask(["sbatch", "--parsable"], script, SUBMIT_S)
+    except Unanswered as error:
+        raise refusal(re.sub("sbatch: (error: )?", "", str(error))) from None
+    return said.split(";")[0].strip()
 
 
 def words(text: str) -> str:
@@ -209,7 +219,7 @@ _SETTINGS = (
 _BUSY = r"MaxSubmit|MaxJobs|job submit limit|submit.*limit|too many jobs|Slurm temporarily unable"
 _OUTAGE = (
     r"contact slurm controller|socket timed out|zero bytes|connection (refused|reset|timed)"
-    r"|munge|i/o error|timed out|resource temporarily|unexpected message|in standby|exit status 124"
+    r"|munge|i/o error|timed out|resource temporarily|unexpected message|in standby"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from submitit import AutoExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from jobs import payload
 from jobs.config import Executor as Settings
@@ -91,15 +90,10 @@ class SlurmExecutor:
         )
         job_executor = AutoExecutor(folder, cluster="slurm")
         job_executor.update_parameters(**{f"slurm_{k}": v for k, v in parameters.items()})
-        # submitit would run sbatch in our environment, where an outer job's SBATCH_* and SLURM_*
-        # win over the script's options, and with no limit on its time.
         inner: Any = job_executor._executor
-        inner._make_submission_command = script.sbatch_argv
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
-                return job_executor.submit(self._work, entry.run_dir).job_id
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise commands.refusal(_sbatch_words(error)) from None
+        inner._submit_command = functools.partial(_hand_over, inner)
+        job: str = job_executor.submit(self._work, entry.run_dir).job_id
+        return job
 
     # -- what became of them ----------------------------------------------------------------------
 
@@ -261,9 +255,13 @@ def scancel(what: Sequence[str]) -> None:
         return  # ended meanwhile, or no answer: the time limit ends what this could not
 
 
-def _sbatch_words(error: Exception) -> str:
-    """sbatch's own lines, out of submitit's report of a failed command."""
-    said = [
-        line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines()
-    ]
-    return commands.words("\n".join(said)) or f"sbatch: {error.__cause__}"
+def _hand_over(executor: Any, command: str) -> Any:
+    """submitit's own would run sbatch in our environment, where an outer job's SBATCH_* and SLURM_*
+    win over the script's options, and with no limit on its time. Raises as `commands.sbatch`.
+    """
+    # The script says --export=ALL, of a clean environment: with NONE, NIL or a list of names Slurm
+    # would add what a login shell exports, which takes seconds and may hold the user's keys.
+    text = executor._make_submission_file_text(command, "")
+    job = executor.job_class(folder=executor.folder, job_id=commands.sbatch(text), tasks=[0])
+    job.paths.submission_file.write_text(text)
+    return job

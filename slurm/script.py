@@ -16,7 +16,6 @@ from typing import Any
 from submitit.slurm.slurm import _make_sbatch_string as submitit_script
 
 from jobs.config import Executor as Settings
-from slurm.commands import environment
 
 HEARTBEAT_S = 15.0  # how often a controller shows that it is there
 STALE_S = 300.0  # without a heartbeat, a holder gives its nodes back
@@ -94,16 +93,6 @@ def sbatch_text(
         folder=folder,
         **sbatch_parameters(settings, name, folder, limit_s, avoid),
     )
-
-
-def sbatch_argv(script: str | Path) -> list[str]:
-    """How a script is submitted: with a limit on sbatch's time, and from a clean environment.
-
-    The script says --export=ALL, of that environment: with NONE, NIL or a list of names Slurm would
-    add what a login shell exports, which takes seconds and may hold the user's keys.
-    """
-    clean = [f"{name}={value}" for name, value in environment().items()]
-    return ["timeout", "60", "env", "-i", *clean, "sbatch", str(script)]
 
 
 def submitit_command(folder: Path) -> str:
@@ -216,9 +205,7 @@ echo "giving the nodes back: $why"
 def preview(settings: Settings, name: str, campaign_dir: Path, limit_s: float) -> str:
     """All that would be handed to Slurm for one run, letter by letter."""
     if settings.kind == "slurm":
-        script = job_folder(campaign_dir, name) / "SCRIPT"
-        submit = shlex.join(sbatch_argv(script))
-        return f"$ {submit}\n{sbatch_text(settings, name, campaign_dir, limit_s)}"
+        return f"$ sbatch --parsable\n{sbatch_text(settings, name, campaign_dir, limit_s)}"
     step = shlex.join(step_argv(settings, name, campaign_dir, limit_s, "HOLDER", "NODE", 0))
     holder = holder_text(settings, campaign_dir, limit_s)
     return f"$ sbatch --parsable\n{holder}\nand in it, as job HOLDER:\n$ {step}\n"

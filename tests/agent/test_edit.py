@@ -140,3 +140,6 @@ def test_the_shipped_program_defines_every_name_that_it_uses():
 
 def test_lines_are_counted_as_git_counts_them():
     assert edit.line_counts("a\nb\nc\n", "a\nx\ny\nc\n") == (2, 1)
+    assert edit.line_counts("a\nb\n", "a\nb\na\nb\n") == (2, 0)
+    assert edit.line_counts("b\nc\n", "a\nb\n") == (1, 1)
+    assert edit.line_counts("a\n", "a\n") == (0, 0)

@@ -3,7 +3,8 @@
 python -m tests.bench.bench_branches [--experiments N]
 
 Commits, refs, notes, ledger, tables and run folders are real; a run is a result.json that lies
-there at once, so that what is measured is all the controller's.
+there at once, so that what is measured is all the controller's. With the test cluster (make
+cluster, as root) a second pass hands every run to Slurm, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,9 +25,12 @@ from jobs.controller import Controller
 from jobs.history import State
 from jobs.model import Proposal, Run, Submission
 from jobs.submission import JobState
+from slurm import commands
+from slurm.executor import SlurmExecutor
 from tests.bench.results import record
 
 SLOTS = 4  # of each branch
+SLURM = {"kind": "slurm", "cpus": 1, "memory": "50M", "poll_seconds": 0.5, "setup": ["exit 0"]}
 
 
 def cpu_s() -> float:
@@ -45,15 +50,19 @@ class Numbers:
         return Proposal(branch, context.base, {path: text}, f"try {context.number}", "numbers")
 
 
+def finish(run: str, run_dir: Path) -> None:
+    number = int(run[1:].partition("-")[0])
+    value = 1.0 / number if number % 8 < 2 else 2.0 + number
+    result = {"protocol": 1, "status": "ok", "reason": "trivial", "value": value, "node": "n1"}
+    result |= {"run": run, "facts": {"run": run}, "total_seconds": 300.0, "steps": 1000}
+    (run_dir / "result.json").write_text(json.dumps(result))
+
+
 class Instant:
     """An executor whose runs have ended when they are submitted; a quarter of them is better."""
 
     def submit(self, run: Run, name: str, run_dir: Path, *_: Any) -> Submission:
-        number = int(run.experiment[1:])
-        value = 1.0 / number if number % 8 < 2 else 2.0 + number
-        result = {"protocol": 1, "status": "ok", "reason": "trivial", "value": value, "node": "n1"}
-        result |= {"run": run.id, "facts": {"run": run.id}, "total_seconds": 300.0, "steps": 1000}
-        (run_dir / "result.json").write_text(json.dumps(result))
+        finish(run.id, run_dir)
         return Submission(run.id, "local", "none")
 
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState]:
@@ -67,7 +76,17 @@ class Instant:
     def close(self) -> None: ...
 
 
-def measure(root: Path, branches: int, experiments: int) -> dict[str, Any]:
+class Queued(SlurmExecutor):
+    """Every run is a job (which ends at once), and has a result when jobs were next asked for."""
+
+    def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
+        states = super().survey(submissions)
+        for one in submissions:
+            finish(one.run, self._campaign_dir / "runs" / one.run.replace("-", "/", 1))
+        return states
+
+
+def measure(root: Path, branches: int, experiments: int, slurm: bool = False) -> dict[str, Any]:
     """One campaign; CPU milliseconds of each experiment."""
     root.mkdir()
     (root / "solution.py").write_text("".join(f"value_{i} = {i}  # a line\n" for i in range(700)))
@@ -81,7 +100,7 @@ def measure(root: Path, branches: int, experiments: int) -> dict[str, Any]:
         {
             "campaign": "bench",
             "task": {**task, "scorer": scorer},
-            "executor": {"slots": branches * SLOTS},
+            "executor": {"slots": branches * SLOTS, **(SLURM if slurm else {})},
             "branches": {f"b{i:02}": {"slots": SLOTS} for i in range(branches)},
             "limits": {"experiments": experiments},
             "confirm": {"runs": 0},
@@ -89,8 +108,9 @@ def measure(root: Path, branches: int, experiments: int) -> dict[str, Any]:
     )
     before = cpu_s()
     with campaign.opened(settings, root, lambda line: None) as opened:
+        executor = Queued(settings.executor, opened.site.campaign_dir) if slurm else Instant()
         controller = Controller(
-            opened, Instant(), lambda name: Numbers(), lambda name: None, lambda line: None
+            opened, executor, lambda name: Numbers(), lambda name: None, lambda line: None
         )
         reason = controller.run()
         assert "experiments done" in reason, reason
@@ -112,17 +132,38 @@ def measure(root: Path, branches: int, experiments: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", type=int, default=1600)
-    count = parser.parse_args().experiments
-    with tempfile.TemporaryDirectory() as place:
-        rows = [measure(Path(place) / str(n), n, count) for n in (1, 4, 32)]
-    ratio = rows[-1]["CPU ms per experiment"] / rows[0]["CPU ms per experiment"]
+    parser.add_argument("--jobs", type=int, default=300, help="experiments of the pass with Slurm")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        rows = [measure(Path(place) / str(n), n, asked.experiments) for n in (1, 4, 32)]
+        queued = with_slurm(Path(place), asked.jobs)
+    ratios = [found[-1][COST] / found[0][COST] for found in (rows, queued) if found[0][COST]]
     record(
         "Branches: what the controller costs",
-        rows,
-        "CPU of the controller and of the git processes that it starts, by experiment; the runs "
-        f"are instant and not counted. From 1 to 32 branches x{ratio:.2f}. Promised: at most 25 "
-        "ms, and x1.3.",
+        rows + queued,
+        "CPU of the controller and of the git, sbatch and squeue processes that it starts, by "
+        "experiment; the runs are instant and not counted. From 1 to 32 branches "
+        f"{' and '.join(f'x{ratio:.2f}' for ratio in ratios)}. Promised: at most 25 ms, and x1.3.",
     )
+
+
+COST = "CPU ms per experiment"
+
+
+def with_slurm(place: Path, experiments: int) -> list[dict[str, Any]]:
+    """The same with a job for each run; "not run" where there is no Slurm."""
+    told = [{"executor": "slurm", "branches": n} for n in (1, 32)]
+    if shutil.which("sbatch") is None:
+        return [row | {COST: None} for row in told]
+    try:
+        rows = []
+        for n in (1, 32):
+            rows.append(measure(place / f"slurm-{n}", n, experiments, slurm=True))
+            left = [row.job for row in commands.queue() if str(place) in row.folder]
+            subprocess.run(["scancel", *left], check=False)
+        return [a | b for a, b in zip(told, rows, strict=True)]
+    except commands.Unanswered:
+        return [row | {COST: None} for row in told]
 
 
 if __name__ == "__main__":

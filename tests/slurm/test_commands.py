@@ -120,7 +120,7 @@ def test_a_refusal_names_the_setting_and_keeps_slurms_words(said: str, setting: 
         ("QOSMaxSubmitJobPerUserLimit", Busy),
         ("Unable to contact slurm controller (connect failure)", Unanswered),
         ("Socket timed out on send/recv operation", Unanswered),
-        ("returned non-zero exit status 124.", Unanswered),
+        ("Command '['sbatch']' timed out after 60.0 seconds", Unanswered),
         ("Zero Bytes were transmitted or received", Unanswered),
     ],
 )
