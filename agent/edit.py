@@ -44,6 +44,7 @@ NAMES = CALLS | _words("__builtins__ __loader__ __spec__")
 ATTRIBUTES = _words(
     "__globals__ __builtins__ __subclasses__ __bases__ __mro__ __code__ __loader__ __import__"
     " cpp_extension ctypeslib hub rpc f_back f_globals"
+    " os _os sys subprocess socket ctypes multiprocessing"
 )
 SEEDERS = _words("manual_seed manual_seed_all seed default_rng RandomState Random")
 
@@ -84,10 +85,10 @@ def of(context: Context, files: Mapping[str, str], imports: Iterable[str] = ()) 
 
 def refusal(edit: Edit) -> str | None:
     """Why this edit is not run, in words for whoever made it; None: run it."""
-    for rule in RULES:
-        for reason in rule(edit):
-            return reason
-    return None
+    try:
+        return next((reason for rule in RULES for reason in rule(edit)), None)
+    except (RecursionError, MemoryError):
+        return "the program is nested too deeply to be checked: write long expressions as loops."
 
 
 def fingerprint(files: Mapping[str, str]) -> str:
@@ -222,8 +223,9 @@ def _tricks(node: ast.AST) -> Iterator[str]:
                 yield f"{module}.{alias.name}"
             if alias.asname and alias.name in NARROW:
                 yield f"{alias.name} by another name"
-            if ATTRIBUTES & {*alias.name.split("."), *module.split(".")}:
-                yield f"{module}.{alias.name}".strip(".")
+            dotted = f"{module}.{alias.name}".strip(".")
+            if ATTRIBUTES.intersection(dotted.split(".")[1:]):  # IMPORTS has the say on the first
+                yield dotted
     elif isinstance(node, ast.Attribute):
         base = node.value.id if isinstance(node.value, ast.Name) else ""
         if node.attr in ATTRIBUTES or node.attr not in NARROW.get(base, {node.attr}):
@@ -301,26 +303,51 @@ def _keeps_the_seed(edit: Edit) -> Iterator[str]:
             continue
         if not _imports_seed(edit.new[path]):
             yield f"{path} does not import SEED from prepare any more. {advice}"
-        for node in ast.walk(ast.parse(edit.new[path])):
-            if isinstance(node, ast.Name) and node.id == "SEED" and _is_stored(node):
-                yield f"{path} line {node.lineno} gives SEED a value of its own. {advice}"
+        tree = ast.parse(edit.new[path])
+        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            where = f"{path} line {getattr(node, 'lineno', 0)}"
+            if _binds_seed(node):
+                yield f"{where} gives SEED a value of its own. {advice}"
             if isinstance(node, ast.Call) and _called(node) in SEEDERS and not _by_seed(node):
-                yield f"{path} line {node.lineno} seeds with something else than SEED. {advice}"
+                yield f"{where} seeds with something else than SEED. {advice}"
+            if _names_seeder(node) and id(node) not in called:
+                yield f"{where} gives a function that seeds another name. {advice}"
         if _seeds(edit.old[path]) and not _seeds(edit.new[path]):
             yield f"{path} does not seed with SEED any more. {advice}"
 
 
 def _imports_seed(text: str) -> bool:
-    return any(
+    return any(map(_is_import_of_seed, ast.walk(_parse(text) or ast.Module([], []))))
+
+
+def _is_import_of_seed(node: ast.AST) -> bool:
+    return (
         isinstance(node, ast.ImportFrom)
         and node.module == "prepare"
         and any(alias.name == "SEED" and alias.asname is None for alias in node.names)
-        for node in ast.walk(_parse(text) or ast.Module([], []))
     )
 
 
-def _is_stored(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store | ast.Del)
+def _binds_seed(node: ast.AST) -> bool:
+    """Whether it is another SEED: a variable, an argument, a function, an import, a handler's."""
+    if isinstance(node, ast.Name | ast.Attribute):
+        name = node.id if isinstance(node, ast.Name) else node.attr
+        return name == "SEED" and not isinstance(node.ctx, ast.Load)
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [alias.asname or alias.name for alias in node.names]
+        return "SEED" in names and not _is_import_of_seed(node)
+    if isinstance(node, ast.keyword | ast.alias):
+        return False
+    return "SEED" in [getattr(node, name, None) for name in ("arg", "name", "rest")]
+
+
+def _names_seeder(node: ast.AST) -> bool:
+    if isinstance(node, ast.alias):
+        return node.asname is not None and node.name in SEEDERS
+    if isinstance(node, ast.Attribute):
+        return node.attr in SEEDERS
+    return isinstance(node, ast.Name) and node.id in SEEDERS
 
 
 def _by_seed(call: ast.Call) -> bool:

@@ -7,6 +7,7 @@ that was killed at any point is continued by the next one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -88,6 +89,9 @@ class Controller:
             with refusals_told():
                 return self._loop()
         except Paused as error:
+            self.stop.set()
+            with contextlib.suppress(AutoresearchError):  # the trouble may be the disk
+                self.proposals.wind_up()
             self.journal.record_pause(error)
             raise
         finally:
@@ -106,6 +110,8 @@ class Controller:
             if self.journal.state.events == events:
                 self._look_around()
                 time.sleep(self._tick_s)
+        self.stop.set()
+        self.proposals.wind_up()
         self.journal.record("stopped", reason=reason)
         return reason
 

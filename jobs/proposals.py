@@ -7,7 +7,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,6 +26,7 @@ from jobs.repository import Repository
 
 NAP_S = 60.0  # before a researcher is asked again that names no readable time
 AFTER_REFUSAL_S = 1.0
+GRACE_S = 1.5  # for researchers to return at the end: those that wait or read do so at once
 RECENT = 1000  # experiments among which the parent of a proposal is looked for
 
 
@@ -37,6 +38,7 @@ class Asked:
     base: str
     future: Future[Proposal | Unavailable]
     program_sha256: str
+    stands_in: bool  # the understudy was asked
 
 
 class Proposals:
@@ -62,7 +64,8 @@ class Proposals:
         self._say, self._stop = say, stop
         self._pool = ThreadPoolExecutor(site.config.executor.slots, "researcher")
         self._asked: dict[str, Asked] = {}  # by proposal id
-        self._not_before: dict[str, datetime] = {}  # branch -> when its researcher is asked again
+        # (branch, whether of its understudy) -> when it is asked again
+        self._not_before: dict[tuple[str, bool], datetime] = {}
         self._exhausted: set[str] = set()  # branches whose researcher has nothing more to say
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()  # from the researchers' threads
         self._known = Known(site.campaign_dir / "programs.txt")
@@ -70,6 +73,11 @@ class Proposals:
     def close(self) -> None:
         """Let go of the threads; what they were asked for is booked by the next start."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def wind_up(self) -> None:
+        """Take what still comes once `stop` is set: it says what it cost, a reserve is a guess."""
+        wait([asked.future for asked in self._asked.values()], GRACE_S)
+        self.take()
 
     @property
     def pending(self) -> bool:
@@ -84,7 +92,7 @@ class Proposals:
     def recover(self) -> None:
         """Book what died with the last controller; read which programs were tried already."""
         for request in list(self._journal.state.requests.values()):
-            usage = replace(request.reserve, estimated=bool(request.reserve.dollars))
+            usage = _at_most(request.reserve)
             lost = Unavailable("the controller ended while this was asked for", None, usage)
             self._journal.record(
                 "proposal_failed", proposal=request.proposal, unavailable=to_json(lost)
@@ -118,9 +126,12 @@ class Proposals:
         state, config = self._journal.state, self._site.config
         for branch in list(plan.lacking_baseline(state, config)):
             self._ask_safely(branch, self._propose_baseline)
-        napping = {b for b, until in self._not_before.items() if datetime.now(UTC) < until}
-        branches = self._journal.state.branches
-        mute = self._exhausted | {b for b in napping if self._understudy(branches[b]) is None}
+        now, branches = datetime.now(UTC), self._journal.state.branches
+        resting = {who for who, until in self._not_before.items() if now < until}
+        napping = {b for b, stands_in in resting if not stands_in}
+        mute = self._exhausted | {
+            b for b in napping if (b, True) in resting or self._understudy(branches[b]) is None
+        }
         for branch in list(plan.openings(self._journal.state, config, mute)):
             self._ask_safely(branch, partial(self._request, napping=branch in napping))
 
@@ -156,7 +167,7 @@ class Proposals:
             reserve=to_json(reserve),
         )
         future = self._pool.submit(researcher.propose, self._journal.state, branch, context)
-        self._asked[proposal] = Asked(branch, base, future, _sha256(program))
+        self._asked[proposal] = Asked(branch, base, future, _sha256(program), napping)
 
     def _context(self, branch: str, base: str, program: str) -> Context:
         config, state = self._site.config, self._journal.state
@@ -190,21 +201,22 @@ class Proposals:
             if not asked.future.done():
                 continue
             del self._asked[request]
-            answer = self._answer(asked)
+            answer = self._answer(request, asked)
             if isinstance(answer, Proposal):
                 self.accept(request, answer, asked.program_sha256)
             else:
-                self._unavailable(request, asked.branch, answer)
+                self._unavailable(request, asked, answer)
 
-    def _answer(self, asked: Asked) -> Proposal | Unavailable:
+    def _answer(self, request: str, asked: Asked) -> Proposal | Unavailable:
+        usage = _at_most(self._journal.state.requests[request].reserve)
         try:
             answer = asked.future.result()
+            usage = answer.usage
+            wrong = self._refusal(asked, answer) if isinstance(answer, Proposal) else None
         except Exception as error:  # a researcher must not raise; no GPU may idle for it
             words = f"the researcher failed: {type(error).__name__}: {error}"[:500]
-            return Unavailable(words, _in(NAP_S))
-        if isinstance(answer, Proposal) and (wrong := self._refusal(asked, answer)):
-            return Unavailable(f"refused: {wrong}", _in(AFTER_REFUSAL_S), answer.usage)
-        return answer
+            return Unavailable(words, _in(NAP_S), usage)
+        return Unavailable(f"refused: {wrong}", _in(AFTER_REFUSAL_S), usage) if wrong else answer
 
     def _refusal(self, asked: Asked, proposal: Proposal) -> str | None:
         """The controller's own check, whoever proposed: the right base, allowed files, an edit."""
@@ -220,14 +232,16 @@ class Proposals:
             return f"it is the program of {other}"
         return None
 
-    def _unavailable(self, request: str, branch: str, answer: Unavailable) -> None:
+    def _unavailable(self, request: str, asked: Asked, answer: Unavailable) -> None:
+        branch = asked.branch
         self._journal.record("proposal_failed", proposal=request, unavailable=to_json(answer))
         if self._stop.is_set():
             return
-        if answer.until is None:
+        if answer.until is None and not asked.stands_in:
             self._exhausted.add(branch)
-        else:
-            self._not_before[branch] = _moment(answer.until)
+        else:  # an understudy at its end may find something once the history has grown
+            until = _moment(answer.until or _in(NAP_S))
+            self._not_before[branch, asked.stands_in] = until
         self._say(f"{branch}: no proposal now: {answer.reason}")
 
     def accept(
@@ -341,6 +355,11 @@ class Proposals:
         if any(text is None for text in texts.values()):
             return None
         return {p: text for p, text in texts.items() if text is not None and text != head[p]}
+
+
+def _at_most(reserve: Usage) -> Usage:
+    """What is booked where nobody knows what was spent."""
+    return replace(reserve, estimated=bool(reserve.dollars))
 
 
 def _in(seconds: float) -> str:

@@ -49,6 +49,22 @@ def test_a_good_edit_passes():
         ("torch.manual_seed(SEED + 95)", "something else than SEED"),
         ("import random\nrandom.seed(7)", "something else than SEED"),
         ("import numpy\nnumpy.random.default_rng()", "something else than SEED"),
+        ("def f(SEED=137):\n    return SEED", "gives SEED a value"),
+        ("from math import tau as SEED", "gives SEED a value"),
+        ("try:\n    pass\nexcept ValueError as SEED:\n    pass", "gives SEED a value"),
+        ("match 3:\n    case SEED:\n        pass", "gives SEED a value"),
+        ("import prepare\nprepare.SEED = 3", "gives SEED a value"),
+        ("from torch import manual_seed as ms\nms(137)", "another name"),
+        ("seeder = torch.manual_seed", "another name"),
+        ("torch.os.system", "torch.os"),
+        ("torch.ctypes.CDLL", "torch.ctypes"),
+        ("from torch import ctypes", "torch.ctypes"),
+        ("import inspect\ninspect.os.popen", "inspect.os"),
+        ("import random\nrandom._os.fork", "random._os"),
+        ("import logging.handlers\nlogging.handlers.socket.socket()", ".socket"),
+        ("torch.multiprocessing.spawn", "torch.multiprocessing"),
+        ("import torch.multiprocessing", "torch.multiprocessing"),
+        ("x = " + "+".join(["1"] * 2500), "nested too deeply"),
         ("# only a comment", "only comments or layout"),
     ],
 )
@@ -62,6 +78,8 @@ def test_a_bad_line_is_refused_in_words(line, words):
         "import os\nos.environ['A'] = os.path.join('a', 'b')",
         "from collections import deque\nd = deque(maxlen=3)",
         "import triton",
+        "import os, sys\nfrom os import path",
+        "def f(seed):\n    torch.manual_seed(SEED)",
         "def f(a, *b, c=1, **d):\n    x = [a + y for y in b]\n    return lambda z: (x, c, d, z)",
         "class A(torch.nn.Module):\n    def f(self):\n        return super().forward, __class__",
         "def f():\n    global counter\n    counter = 1\n\n\ndef g():\n    return counter",
@@ -132,6 +150,10 @@ def test_max_lines_counts_added_lines():
 @pytest.mark.parametrize("text", ["x = '\0'", "x = 1\n" * 200_000, "(" * 5000, "\ud800 = 1"])
 def test_hostile_text_is_refused_without_an_exception(text):
     assert refusal(PROGRAM + text) is not None
+
+
+def test_the_shipped_program_may_be_edited():
+    assert refusal(TRAIN + "\nAN_EDIT = 1\n", TRAIN) is None
 
 
 def test_the_shipped_program_defines_every_name_that_it_uses():

@@ -477,11 +477,12 @@ def test_sigterm_ends_it_within_two_seconds_while_a_researcher(
         assert controller.returncode == 0
     stopped = datetime.fromisoformat(lab.events("stopped")[0]["time"])
     assert stopped - begun < timedelta(seconds=2)
-    assert lab.state.requests  # booked by the next start, in case that it cost something
+    assert not lab.state.requests  # it said what it had cost: nothing
+    (failed,) = lab.events("proposal_failed")
+    assert failed["unavailable"]["reason"].endswith("stopping")
+    assert lab.state.spent == Usage()
     lab.configure(agent={"kind": "scripted", "script": "edits.yaml"})
     lab.run()
-    failed = lab.events("proposal_failed")[0]["unavailable"]["reason"]
-    assert failed == "the controller ended while this was asked for"
     check_books(lab)
 
 
@@ -582,6 +583,43 @@ def test_what_a_proposal_cost_is_booked_whether_it_came_or_not(make_lab: MakeLab
     better = edit({"solution.py": SOLUTION.replace("2.0", "1.0")}, usage=whole)
     lab.run(researcher=Player(better, Unavailable("no idea", None, half)))
     assert (lab.state.spent.dollars, lab.state.spent.output_tokens) == (1.5, 15)
+
+
+class Dear(Player):
+    def reserve(self, state: Any, branch: str) -> Usage:
+        return Usage(dollars=2.0)
+
+
+def test_a_researcher_that_fails_may_have_spent_all_that_was_set_aside(make_lab: MakeLab) -> None:
+    lab = make_lab(limits={"hours": 0.0002})
+    lab.run(researcher=Dear(fail))
+    assert lab.events("proposal_failed")[0]["unavailable"]["usage"]["estimated"]
+    assert lab.state.spent.dollars == 2.0
+
+
+def test_an_edit_that_cannot_even_be_checked_is_refused(make_lab: MakeLab) -> None:
+    lab = make_lab(limits={"hours": 0.0002})
+    paid = Usage(dollars=0.5)
+    lab.run(researcher=Dear(edit({"solution.py": None}, usage=paid)))  # type: ignore[dict-item]
+    assert "the researcher failed" in lab.events("proposal_failed")[0]["unavailable"]["reason"]
+    assert lab.state.spent.dollars == 0.5
+
+
+def test_an_understudy_at_its_end_does_not_end_the_campaign(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposals, "NAP_S", 0.1)
+    lab = make_lab(limits={"experiments": 2})
+
+    def away(context: Any) -> Unavailable:
+        return Unavailable("an outage", (datetime.now(UTC) + timedelta(seconds=0.5)).isoformat())
+
+    better = edit({"solution.py": SOLUTION.replace("2.0", "1.0")})
+    lab.run(researcher=Player(away, better), understudy=Player())
+    said = [e["unavailable"]["reason"] for e in lab.events("proposal_failed")]
+    assert said[:2] == ["an outage", "at its end"]
+    assert lab.verdicts() == {"baseline": "keep", "edit": "keep"}
+    check_books(lab)
 
 
 def test_a_program_that_was_tried_is_known_after_a_restart_without_parsing_it_again(

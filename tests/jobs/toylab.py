@@ -118,12 +118,13 @@ class Lab:
         self,
         on_line: Callable[[str], None] = lambda line: None,
         researcher: Researcher | None = None,
+        understudy: Researcher | None = None,
     ) -> str:
         """The campaign in this process.
 
         Args:
             on_line: called with all it says, as it says it, on its thread.
-            researcher: in place of the configured one.
+            researcher: in place of the configured one; `understudy`: who stands in for it.
         """
         self.lines: list[str] = []
 
@@ -136,7 +137,7 @@ class Lab:
             return night.run(settings, self.root, say)
         with campaign.opened(settings, self.root, say) as opened:
             executor = submission.executor(settings.executor, opened.site.campaign_dir)
-            cast = (lambda branch: researcher), (lambda branch: None)
+            cast = (lambda branch: researcher), (lambda branch: understudy)
             return Controller(opened, executor, *cast, say).run()
 
     def order(self, order: str, **details: Any) -> None:
