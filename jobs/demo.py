@@ -15,6 +15,7 @@ from jobs.errors import UserError
 from jobs.history import State
 from jobs.repository import Repository
 
+CAMPAIGN = "demo"
 EXPERIMENTS = 12  # beside the baseline
 EXPERIMENTS_DETUNED = 24  # finding two constants again takes longer
 TOKENS = 200 * 2048  # half the scale's budget: the whole demonstration in a quarter of an hour
@@ -48,6 +49,8 @@ def run(
     else:
         say(f"resuming the demonstration in {folder}")
     settings = config.load(folder / "campaign.yaml")
+    if settings.campaign != CAMPAIGN:
+        raise UserError(f"{folder} is a lab of its own: name another folder (--folder)")
     data = campaign.data_folder(settings)
     say(f"corpus: Python's own standard library, prepared in {data}")
     lab.prepare(settings.data.corpus, settings.data.scale, data)
@@ -70,13 +73,16 @@ def run(
 
 def summary(state: State) -> list[str]:
     """The closing reruns in words: first against best on fresh seeds, gain or none."""
-    branch = state.branch("main")
-    first, best = state.record(branch.baseline or ""), state.best("main")
-    assert best is not None  # the baseline was kept
-    if best.id == first.id:
-        mean, _ = report.mean_sd(report.confirmed(first))
-        return [f"nothing better than the first was found; on fresh seeds it has {mean:.4f}"]
+    baseline, best = state.branch("main").baseline, state.best("main")
+    if baseline is None or best is None:
+        return ["nothing was scored: `autoresearch log` says why"]
+    first = state.record(baseline)
     scores = {r.id: report.confirmed(r) for r in (first, best)}
+    if not all(scores.values()):
+        return [f"first {first.id} and best {best.id} were not run again: it was stopped before"]
+    if best.id == first.id:
+        mean = statistics.fmean(scores[first.id])
+        return [f"nothing better than the first was found; on fresh seeds it has {mean:.4f}"]
     lines = [f"on fresh seeds ({len(scores[first.id])} each):"]
     for name, record in (("first", first), ("best", best)):
         lines.append(
@@ -92,20 +98,21 @@ def summary(state: State) -> list[str]:
             f"  no gain beyond noise: {gain:+.4f} +- {noise:.4f} "
             f"(the campaign's own seed said {claimed:.4f})"
         )
-    if "reference" in state.branches:
-        lines.append(_recovered(state, scores[first.id], scores[best.id]))
+    reference = state.branches.get("reference")
+    if reference is not None and reference.baseline is not None:
+        shipped = report.confirmed(state.record(reference.baseline))
+        lines += _recovered(shipped, scores[first.id], scores[best.id]) if shipped else []
     return lines
 
 
-def _recovered(state: State, first: list[float], best: list[float]) -> str:
+def _recovered(shipped: list[float], first: list[float], best: list[float]) -> list[str]:
     """How much of the gap between the detuned and the shipped program was closed."""
-    shipped = report.confirmed(state.record(state.branch("reference").baseline or ""))
     gap = statistics.fmean(first) - statistics.fmean(shipped)
-    share = (statistics.fmean(first) - statistics.fmean(best)) / gap
-    return (
-        f"  shipped  {_spread(shipped)}\n"
-        f"  detuning cost {gap:.4f}; the campaign recovered {share:.0%} of it"
-    )
+    said = f"  detuning cost {gap:.4f}"
+    if gap > 0:
+        share = (statistics.fmean(first) - statistics.fmean(best)) / gap
+        said += f"; the campaign recovered {share:.0%} of it"
+    return [f"  shipped  {_spread(shipped)}", said]
 
 
 def _spread(values: list[float]) -> str:
@@ -122,7 +129,7 @@ def _standard_error(one: list[float], other: list[float]) -> float:
 def _settle(folder: Path, detuned: bool, experiments: int) -> None:
     """campaign.yaml of the demonstration; detuned: the lab's program made worse in a commit."""
     settings = {
-        "campaign": "demo",
+        "campaign": CAMPAIGN,
         "budget": {"tokens": TOKENS},
         "agent": {"kind": "sweep", "constants": SWEPT},
         "limits": {"experiments": experiments + 1},
