@@ -16,6 +16,7 @@ from jobs.model import Run, to_json
 from jobs.recorded import INSTALL, Clone, Original, original, require
 from jobs.records import Record
 from jobs.text import one_line
+from trainer import prepare
 
 HERE, DATA, OUT = "/bundle", "/data", "/out"  # where a container sees the folders
 
@@ -159,7 +160,7 @@ def _script(one: Original, nanochat: bool, records: Mapping[str, bytes], data: A
     told = f"{one.experiment.id}, commit {one.experiment.commit}: {then.status} {then.metric}"
     parts = [HEAD.format(told=told)]
     if nanochat:
-        folder = data.folder or str(lab.default_data(data.corpus, data.scale))
+        folder = data.folder or str(prepare.default_folder(data.corpus, data.scale))
         made = one_line(f"--corpus {data.corpus} --scale {data.scale}")
         parts.append(CHECK_DATA.format(data=shlex.quote(folder), made=made))
     if sha256 is None:

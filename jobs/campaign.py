@@ -16,6 +16,7 @@ from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
 from jobs.ledger import Ledger, Lines
 from jobs.repository import Repository
+from trainer import prepare
 
 VERSION = "0.1.0"
 
@@ -104,7 +105,7 @@ def data_folder(config: Config) -> Path:
     """Where campaign.yaml's data lies."""
     if config.data.folder:
         return Path(config.data.folder).expanduser().absolute()
-    return lab.default_data(config.data.corpus, config.data.scale)
+    return prepare.default_folder(config.data.corpus, config.data.scale)
 
 
 @dataclasses.dataclass

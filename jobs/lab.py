@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -78,12 +77,6 @@ def _git(folder: Path, *arguments: str) -> None:
         raise UserError("git is not on PATH: install it (Debian: apt-get install git)") from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"git {arguments[-1]} in {folder}: {error.stderr.strip()}") from None
-
-
-def default_data(corpus: str, scale: str) -> Path:
-    """Where prepared data lies unless campaign.yaml says otherwise: one place for all labs."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "autoresearch" / "data" / f"{corpus.replace(':', '-').replace('/', '_')}-{scale}"
 
 
 def prepare(corpus: str, scale: str, data: Path, extra: tuple[str, ...] = ()) -> None:

@@ -60,6 +60,8 @@ class Source:
             raise DataError(
                 f"There is no corpus {self.name!r}: stdlib, climbmix, tinystories or dir:PATH."
             )
+        if self.folder:  # recorded as what it is, wherever it was named from
+            object.__setattr__(self, "name", f"dir:{os.path.abspath(self.folder)}")
         if not 1 <= self.shards <= CLIMBMIX_LAST:
             raise DataError(
                 f"climbmix has 1 to {CLIMBMIX_LAST} training shards, not {self.shards}."

@@ -352,7 +352,9 @@ def _distinct(state: dict) -> tuple[dict, dict[str, str]]:
 
 
 def default_folder(corpus: str, scale: str) -> Path:
-    """Where prepared data lies unless told otherwise."""
+    """Where prepared data lies unless told otherwise: one place for all labs."""
+    if corpus.startswith("dir:"):  # the same words mean another folder elsewhere
+        corpus = "dir:" + os.path.abspath(os.path.expanduser(corpus[4:]))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "autoresearch/data" / f"{corpus.replace(':', '-').replace('/', '_')}-{scale}"
 

@@ -430,3 +430,17 @@ def test_a_program_alone_prepares_the_standard_library_once(tmp_path):
         assert ended.stdout == "(2, 256) 1\n", ended.stderr
         assert ("Preparing stdlib" in ended.stderr) == told
     assert (tmp_path / "autoresearch/data/stdlib-cpu/manifest.json").exists()
+
+
+def test_a_folder_named_from_elsewhere_is_another_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name / "notes").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        source = Source("dir:notes")
+        assert source.name == f"dir:{tmp_path / name / 'notes'}"
+        found.append(prepare.default_folder("dir:notes", "cpu"))
+        assert prepare.default_folder(source.name, "cpu") == found[-1]
+    assert found[0] != found[1]
