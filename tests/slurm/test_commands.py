@@ -25,6 +25,10 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return put
 
 
+POLICY = (
+    "Batch job submission failed: Job violates accounting/QOS policy"
+    " (job submit limit, user's size and/or time limits)"
+)
 LINE = "7|RUNNING|n[1-2]|2026-01-01T00:00:00|2026-01-01T00:00:30|1-02:03:04|None|/lab|night|odd"
 
 
@@ -90,6 +94,10 @@ def test_durations(text: str, seconds: float | None):
         ("Requested time limit is invalid (missing or exceeds some limit)", "hold_hours"),
         ("Requested node configuration is not available", "gpus, cpus, memory"),
         ("Memory specification can not be satisfied", "memory"),
+        (f"QOSMaxWallDurationPerJobLimit; {POLICY}", "margin, hold_hours"),
+        (f"QOSMaxGRESPerJob; {POLICY}", "gpu_syntax or gpus"),
+        (f"QOSMinGRES; {POLICY}", "gpu_syntax or gpus"),
+        (f"AssocMaxNodePerJobLimit; {POLICY}", "qos or account"),
         ("something that nobody has seen before", "executor's settings"),
     ],
 )
@@ -105,6 +113,8 @@ def test_a_refusal_names_the_setting_and_keeps_slurms_words(said: str, setting: 
     [
         ("AssocMaxSubmitJobLimit; Job violates accounting/QOS policy (job submit limit)", Busy),
         ("QOSMaxSubmitJobPerUserLimit", Busy),
+        (f"QOSGrpSubmitJobsLimit; {POLICY}", Busy),
+        (POLICY, Busy),
         ("Unable to contact slurm controller (connect failure)", Unanswered),
         ("Socket timed out on send/recv operation", Unanswered),
         ("returned non-zero exit status 124.", Unanswered),
