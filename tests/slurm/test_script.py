@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -177,3 +178,43 @@ def test_a_holder_without_heartbeat_waits_for_its_steps_but_not_for_ever(tmp_pat
     assert not holder.ended(3)
     assert holder.ended(9), "a squeue that always shows steps must not keep the nodes for ever"
     assert "no heartbeat" in holder.process.communicate()[0]
+
+
+# -- the controller's own job: its script is run here, with an scontrol that fails at first --------
+
+OVERNIGHT = Path(script.__file__).with_name("overnight.sbatch")
+
+
+@pytest.mark.parametrize(("failures", "status"), [(3, 0), (99, 1)])
+def test_a_controller_that_ends_at_once_is_requeued_as_soon_as_slurm_takes_it(
+    tmp_path: Path, failures: int, status: int
+):
+    programs = {
+        "autoresearch": f"trap 'exit 0' TERM; touch {tmp_path}/up; while :; do /bin/sleep .1; done",
+        "scontrol": f'echo "$*" >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt {failures} ]',
+        "sleep": "",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    # The controller is gone before the script looks for it again.
+    slow_kill = '() { builtin kill "$@"; local s=$?; /bin/sleep 0.5; return $s; }'
+    process = subprocess.Popen(
+        ["bash", OVERNIGHT],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "BASH_FUNC_kill%%": slow_kill,
+        },
+    )
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == status, said
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["requeue 7"] * min(failures + 1, 20)
+    assert ("submit this script again" in said) == (status == 1)
