@@ -23,7 +23,7 @@ from jobs.model import Run, Submission
 from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
 from slurm.commands import Busy, Row, Unanswered
-from slurm.executor import last_line, run_id, scancel, state_of
+from slurm.executor import last_line, scancel, state_of
 from slurm.step import AllocationExecutor, StepJob
 from slurm.table import Entry, Table
 
@@ -401,7 +401,7 @@ class AllocationRuns:
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Runs in this executor's table, which is written before anything is started."""
         known = {entry.name for entry in self._table}
-        return {n: Submission(run_id(n), "allocation", n) for n in names if n in known}
+        return {n: Submission(payload.run_id(n), "allocation", n) for n in names if n in known}
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End these runs. Where Slurm does not answer, their time limits end them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -169,13 +168,14 @@ class SlurmExecutor:
         Raises:
             Paused: Slurm does not answer. Taking that for "not there" would run things twice.
         """
-        wanted = {name: run_id(name) for name in names}
-        jobs = self._jobs_named(list(wanted))
+        wanted = {name: payload.run_id(name) for name in names}
+        runs, jobs = self._campaign_dir / "runs", self._jobs_named(list(wanted))
         found = {name: Submission(wanted[name], "slurm", job) for name, job in jobs.items()}
         for name, run in wanted.items():
             if name not in found and self._waiting.get(run):
                 found[name] = Submission(run, "slurm", name)
-            elif name not in found and (job := self._claimed_by(run)):
+            # Slurm forgets ended jobs after MinJobAge; the payload said which one it was.
+            elif name not in found and (job := payload.claimed(runs, run).get("slurm_job")):
                 found[name] = Submission(run, "slurm", job)
         return found
 
@@ -196,15 +196,6 @@ class SlurmExecutor:
                         "Start again when squeue answers; nothing was submitted meanwhile",
                     ) from None
                 time.sleep(2)
-
-    def _claimed_by(self, run: str) -> str | None:
-        """The job that a run's payload said it was; Slurm forgets ended jobs after MinJobAge."""
-        try:
-            claim = self._campaign_dir / "runs" / run.replace("-", "/", 1) / "claim.json"
-            job: str | None = json.loads(claim.read_text()).get("slurm_job")
-            return job
-        except OSError:
-            return None
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End these runs' jobs. Where Slurm does not answer, their time limits end them."""
@@ -240,6 +231,7 @@ def state_of(row: Row, last_words: str = "") -> JobState:
         permanent=cure is not None,
         queue_s=row.queue_s,
         preempted=row.state == "PREEMPTED",
+        oom=row.state == "OUT_OF_MEMORY",
     )
 
 
@@ -250,11 +242,6 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
-
-
-def run_id(name: str) -> str:
-    """'night-e0042-s1-a1' -> 'e0042-s1-a1'."""
-    return "-".join(name.split("-")[-3:])
 
 
 def scancel(what: Sequence[str]) -> None:

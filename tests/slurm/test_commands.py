@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from jobs import outcome, payload
 from jobs.errors import UserError
+from jobs.model import Budget, Run
 from slurm import commands
 from slurm.commands import Busy, Row, Unanswered
-from slurm.executor import run_id, state_of
+from slurm.executor import state_of
 
 
 @pytest.fixture
@@ -176,6 +178,13 @@ def test_only_preemption_counts_as_preemption():
     assert not state_of(Row("1", "CANCELLED")).preempted
 
 
+def test_only_slurms_own_word_says_that_memory_ran_out():
+    run = Run("e0001", 1, 1, Budget("wall", 1), "cpu")
+    said = {state: state_of(Row("1", state)) for state in ("OUT_OF_MEMORY", "FAILED")}
+    ends = {state: outcome.lost(run, "no result", found).status for state, found in said.items()}
+    assert ends == {"OUT_OF_MEMORY": "oom", "FAILED": "infrastructure"}
+
+
 def test_an_outer_jobs_variables_do_not_reach_slurms_commands(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SBATCH_PARTITION", "x")
@@ -193,4 +202,4 @@ def test_a_host_without_slurm_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_runs_id_is_the_end_of_its_name():
-    assert run_id("my-night-e0042-s1-a1") == "e0042-s1-a1"
+    assert payload.run_id("my-night-e0042-s1-a1") == "e0042-s1-a1"
