@@ -89,6 +89,14 @@ def ask(argv: Sequence[str], stdin: str | None = None, timeout_s: float = TIMEOU
     return done.stdout
 
 
+def sbatch(text: str) -> str:
+    """Submit a script; its job's id. Raises Busy, Unanswered, UserError: see `refusal`."""
+    try:
+        return ask(["sbatch", "--parsable"], stdin=text).split(";")[0].strip()
+    except Unanswered as error:
+        raise refusal(str(error).removeprefix("sbatch: ")) from None
+
+
 def words(text: str) -> str:
     """What a command complained of, as one line."""
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:600]
