@@ -67,7 +67,9 @@ class Command:
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
         if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
-            return Unavailable(reason, money.until(self._settings))
+            reserve = self.reserve(state, branch)
+            until = money.until(state, branch, self._settings, self._caps, reserve)
+            return Unavailable(reason, until)
         deadline, spent, trespasses = time.monotonic() + self._settings.deadline, Usage(), []
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as name:
             folder = Path(name)

@@ -26,7 +26,7 @@ from server import (
 )
 from tale import PATH, PROGRAM, Tale, settings
 
-from agent import brief
+from agent import brief, money
 from agent.api import Model
 from agent.conversation import Anthropic
 from jobs.model import Proposal, Unavailable
@@ -378,4 +378,26 @@ def test_what_was_set_aside_is_never_exceeded():
         found = asked.propose(tale.state, "main", tale.context())
     assert isinstance(found, Unavailable)
     assert "set aside" in found.reason or "submitted nothing" in found.reason
+    assert 0 < found.usage.dollars <= reserve.dollars
+
+
+def test_every_third_of_many_calls_may_break_off():
+    looks = [Reply((edit(command="view", path=PATH),))] * 13
+    change = {"old_str": "depth=2", "new_str": "depth=3"}
+    edits = Reply((edit(command="str_replace", path=PATH, **change),))
+    player = plays(*looks, edits, Reply((submit("deeper"),)))
+    with Server(player, lambda call: "chunked-drop" if call % 3 == 1 else None) as server:
+        found = ask(server, Tale(), outage_patience=60.0)
+    assert isinstance(found, Proposal), found.reason
+    assert len(server.calls) > 20
+
+
+def test_tries_after_a_break_stop_where_the_next_might_not_be_paid(monkeypatch):
+    monkeypatch.setattr(money, "PROPOSAL_CALLS", 1)
+    tale = Tale()
+    with Server(deepens, lambda call: "chunked-drop") as server:
+        asked = researcher(server, outage_patience=600.0)
+        found = asked.propose(tale.state, "main", tale.context())
+        reserve = asked.reserve(tale.state, "main")
+    assert "set aside" in found.reason
     assert 0 < found.usage.dollars <= reserve.dollars
