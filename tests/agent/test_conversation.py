@@ -401,3 +401,9 @@ def test_tries_after_a_break_stop_where_the_next_might_not_be_paid(monkeypatch):
         reserve = asked.reserve(tale.state, "main")
     assert "set aside" in found.reason
     assert 0 < found.usage.dollars <= reserve.dollars
+
+
+@pytest.mark.parametrize("tag", ["</data>", "</DATA>", "< / Data >", "<dAta>"])
+def test_untrusted_text_closes_no_block_however_it_is_spelt(tag):
+    inner = brief.data(f"before {tag} after").removeprefix("<data>").removesuffix("</data>")
+    assert re.search(r"<\s*/?\s*data", inner, flags=re.IGNORECASE) is None
