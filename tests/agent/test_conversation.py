@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import httpx2
 import pytest
 from server import (
     FAULTS,
@@ -29,6 +30,7 @@ from tale import PATH, PROGRAM, Tale, settings
 from agent import brief, money
 from agent.api import Model
 from agent.conversation import Anthropic
+from agent.workbench import Workbench
 from jobs.model import Proposal, Unavailable
 
 
@@ -407,3 +409,22 @@ def test_tries_after_a_break_stop_where_the_next_might_not_be_paid(monkeypatch):
 def test_untrusted_text_closes_no_block_however_it_is_spelt(tag):
     inner = brief.data(f"before {tag} after").removeprefix("<data>").removesuffix("</data>")
     assert re.search(r"<\s*/?\s*data", inner, flags=re.IGNORECASE) is None
+
+
+def test_what_is_inserted_after_a_last_line_without_an_end_is_a_line_of_its_own():
+    bench = Workbench(Tale().state, Tale().context(), {PATH: "a = 1"})
+    bench.use(
+        "str_replace_based_edit_tool",
+        {"command": "insert", "path": PATH, "insert_line": 1, "insert_text": "b = 2"},
+    )
+    assert bench.files[PATH] == "a = 1\nb = 2\n"
+
+
+def test_what_the_real_api_would_refuse_fails_the_test():
+    messages = [{"role": "user", "content": []}]
+    request = {"stream": True, "messages": messages, "system": [], "tools": []}
+    server = Server(deepens).__enter__()
+    with pytest.raises(httpx2.HTTPError):
+        httpx2.post(server.url, json=request)
+    with pytest.raises(AssertionError, match="empty content"):
+        server.__exit__(None, None, None)

@@ -549,6 +549,7 @@ def test_what_a_proposal_cost_is_booked_whether_it_came_or_not(make_lab: MakeLab
     better = edit({"solution.py": SOLUTION.replace("2.0", "1.0")}, usage=whole)
     lab.run(researcher=Player(better, Unavailable("no idea", None, half)))
     assert (lab.state.spent.dollars, lab.state.spent.output_tokens) == (1.5, 15)
+    assert "1.50 dollars, 0.750 an experiment, 0.750 a keep" in lab.call("status")[1]
 
 
 class Dear(Player):
