@@ -22,6 +22,8 @@ RETURN_S = 120.0  # until the model is asked again after an outage
 LONGEST_RETURN_S = 3600.0
 PERSON_S = 900.0  # the same after trouble that a person must end (key, spending limit)
 PASSING = ("overloaded_error", "api_error", "rate_limit_error", "timeout_error")
+# What is wrong on this side of the wire: a package, a header, an address.
+LOCAL = (ImportError, httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL)
 PASSING_STATUS = (408, 409, 425, 429)
 
 
@@ -72,8 +74,11 @@ def client(settings: Any, silence_s: float) -> Any:
 def failure(error: BaseException) -> Failure:
     """The class of an exception out of the SDK, by status and by type."""
     if not isinstance(error, anthropic.APIStatusError):
-        refused = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
-        what = f"{type(error).__name__}: {error}"[:300]
+        cause = error.__cause__
+        what = f"{type(error).__name__}: {cause or error}"[:300]
+        if isinstance(error, LOCAL) or isinstance(cause, LOCAL) or _is_of_the_sdk(error):
+            return Failure(f"the request cannot be sent from here ({what})", False, sent=False)
+        refused = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
         return Failure(f"the connection broke ({what})", True, sent=not refused)
     kind, status = error.type or "", error.status_code
     said = f"{status} {kind}: {error.api_message or error.message}"[:300]
@@ -86,6 +91,12 @@ def failure(error: BaseException) -> Failure:
         wait = _seconds(error.response.headers.get("retry-after"))
         return Failure(f"the API is not available ({said})", True, wait, sent)
     return Failure(f"the API refuses the request ({said})", False, sent=sent)
+
+
+def _is_of_the_sdk(error: BaseException) -> bool:
+    """Whether it is the SDK's own, but not of an exchange with the API (no region, no key)."""
+    own = isinstance(error, anthropic.AnthropicError)
+    return own and not isinstance(error, anthropic.APIError)
 
 
 def _seconds(header: str | None) -> float | None:
@@ -111,6 +122,7 @@ class Model:
     def ask(
         self,
         request: Mapping[str, Any],
+        afford: Callable[[Mapping[str, Any]], None],
         spend: Callable[[Usage], None],
         context: Context,
         deadline: float,
@@ -118,6 +130,7 @@ class Model:
         """A complete reply to `request`, through passing trouble.
 
         Args:
+            afford: raises Stopped where the next try could cost too much.
             spend: told of the cost of each try.
             context: told before each sleep what is waited for; gives up within a second of its
                 stop.
@@ -131,6 +144,7 @@ class Model:
             began = time.monotonic()
             if began > deadline:
                 raise Stopped("the proposal took longer than agent.deadline", after(1))
+            afford(request)
             outcome, spent = self._once(request, stop, deadline)
             spend(spent)
             if isinstance(outcome, Reply):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -94,7 +95,7 @@ def interface(path: str, text: str) -> str:
 
 def data(text: str) -> str:
     """Untrusted text as a block that it cannot close."""
-    safe = lines(text).replace("<data", "<\\data").replace("</data", "<\\/data")
+    safe = re.sub(r"<(\s*/?\s*data)", r"<\\\1", lines(text), flags=re.IGNORECASE)
     return f"<data>\n{safe}\n</data>"
 
 

@@ -67,28 +67,45 @@ class Command:
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
         if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
-            return Unavailable(reason, money.until(self._settings))
+            reserve = self.reserve(state, branch)
+            until = money.until(state, branch, self._settings, self._caps, reserve)
+            return Unavailable(reason, until)
         deadline, spent, trespasses = time.monotonic() + self._settings.deadline, Usage(), []
+        refused: str | None = None
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as name:
             folder = Path(name)
             try:
                 originals = _fill(folder, state, branch, context)
                 prompt = TASK.format(editable=", ".join(context.files))
                 for _ in range(1 + REFUSALS):
-                    done = self._run(folder, prompt, deadline, context)
+                    left = LIMIT_DOLLARS - spent.dollars
+                    if left <= 0:
+                        refused = f"{refused} (and nothing is left of {LIMIT_DOLLARS:g} dollars)"
+                        break
+                    done = self._run(folder, prompt, deadline, context, left)
                     spent = add_usage(spent, done.usage)
-                    files = _taken_back(folder, context)
-                    trespasses += _changed(folder, originals)
-                    refused = done.trouble or edit.refusal(edit.of(context, files or context.files))
+                    trespasses += _changed(folder, originals, context)
+                    files, told = _taken_back(folder, context), _told(done.output)
+                    refused = done.trouble or self._refusal(context, files, told)
                     if refused is None:
-                        told = _told(done.output)
                         return self._proposal(branch, context, files, told, spent, trespasses)
                     if done.trouble:
                         break
                     prompt = f"Your edit was refused: {refused}\nMend it in place.\n\n{prompt}"
             except (program.ProgramError, OSError, ValueError) as error:
                 refused = str(error)
-        return Unavailable(one_line(f"the coding agent: {refused}", 400), after(AGAIN_S), spent)
+        beside = f" (it changed {', '.join(_first(trespasses))})" if trespasses else ""
+        words = one_line(f"the coding agent: {refused}", 400) + one_line(beside, 200)
+        return Unavailable(words, after(AGAIN_S), spent)
+
+    def _refusal(
+        self, context: Context, files: Mapping[str, str], told: Mapping[str, Any]
+    ) -> str | None:
+        said = {**files, "the last line": json.dumps(told, ensure_ascii=False)}
+        for where, text in said.items():
+            if any(secret in text for secret in self._secrets()):
+                return f"{where} contains the API key: take it out"
+        return edit.refusal(edit.of(context, files or context.files))
 
     def _proposal(
         self,
@@ -102,7 +119,7 @@ class Command:
         name = "claude" if self._settings.preset else Path(self._settings.argv[0]).name
         tags = told.get("tags") if isinstance(told.get("tags"), list) else []
         words = [one_line(str(tag), 40).replace(":", "-") for tag in (tags or [])[:6]]
-        refused = [f"refused:{path}" for path in list(dict.fromkeys(trespasses))[:3]]
+        refused = [f"refused:{path}" for path in _first(trespasses)]
         return Proposal(
             branch=branch,
             base=context.base,
@@ -116,7 +133,7 @@ class Command:
 
     # -- the process ------------------------------------------------------------------------------
 
-    def _argv(self, context: Context) -> list[str]:
+    def _argv(self, context: Context, dollars: float) -> list[str]:
         if not self._settings.preset:
             return list(self._settings.argv)
         edits = [f"Edit(./{path})" for path in context.files]
@@ -124,7 +141,7 @@ class Command:
             *("claude", "-p", "--bare", "--restricted", "--tools", "Read,Edit,Write"),
             *("--permission-mode", "dontAsk", "--allowedTools", "Read(./**)", *edits),
             *("--strict-mcp-config", "--no-session-persistence", "--output-format", "json"),
-            *("--max-budget-usd", str(LIMIT_DOLLARS), "--model", self._settings.model),
+            *("--max-budget-usd", f"{dollars:.4f}", "--model", self._settings.model),
         ]
 
     def _environment(self) -> dict[str, str]:
@@ -134,13 +151,15 @@ class Command:
         key = keys.load(self._settings.key_file)
         return {**keys.without(), keys.VARIABLES[0]: key["api_key"]}
 
-    def _run(self, folder: Path, prompt: str, deadline: float, context: Context) -> Outcome:
+    def _run(
+        self, folder: Path, prompt: str, deadline: float, context: Context, dollars: float
+    ) -> Outcome:
         """Runs the command in `folder` until it ends, or its time, memory or the campaign does."""
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
             given.write(prompt.encode())
             given.seek(0)
             child = subprocess.Popen(
-                self._argv(context),
+                self._argv(context, dollars),
                 cwd=folder,
                 env=self._environment(),
                 stdin=given,
@@ -154,7 +173,8 @@ class Command:
                 _end(child)
             output.seek(0)
             text = output.read(LARGEST_OUTPUT).decode(errors="replace")
-        return self._outcome(text, child.returncode, trouble)
+        text = keys.scrub(text, *self._secrets())
+        return self._outcome(text, child.returncode, trouble, dollars)
 
     def _watch(
         self, child: subprocess.Popen[bytes], deadline: float, context: Context
@@ -173,20 +193,25 @@ class Command:
                 return f"it used more than agent.memory_mb ({self._settings.memory_mb})"
         return None
 
-    def _outcome(self, text: str, code: int, trouble: str | None) -> Outcome:
+    def _secrets(self) -> list[str]:
+        """What the agent could give away: the keys in its environment."""
+        environment = self._environment()
+        return [environment[name] for name in keys.VARIABLES if environment.get(name)]
+
+    def _outcome(self, text: str, code: int, trouble: str | None, dollars: float) -> Outcome:
         """Exit status 0 can hide an API error: the preset's own report is asked."""
         if not self._settings.preset:
             if code != 0 and trouble is None:
-                trouble = f"exit status {code}: {keys.scrub(text[-300:])}"
+                trouble = f"exit status {code}: {text[-300:]}"
             return Outcome(text, trouble, Usage())
         report = _last_json(text)
         if "is_error" not in report:
-            most = Usage(dollars=LIMIT_DOLLARS, estimated=True)
+            most = Usage(dollars=dollars, estimated=True)
             return Outcome("", trouble or f"no report (exit status {code})", most)
         said = report.get("result")
         said = said if isinstance(said, str) else ""
         if report["is_error"] or code != 0:
-            trouble = trouble or f"exit status {code}: {keys.scrub(said[:300])}"
+            trouble = trouble or f"exit status {code}: {said[:300]}"
         return Outcome(said, trouble, _usage(report))
 
 
@@ -231,18 +256,30 @@ def _taken_back(folder: Path, context: Context) -> dict[str, str]:
     return changed
 
 
-def _changed(folder: Path, originals: Mapping[str, str]) -> list[str]:
-    """Files that the agent changed or made beside the editable ones: refused, and recorded."""
+def _first(trespasses: list[str]) -> list[str]:
+    return list(dict.fromkeys(trespasses))[:3]
+
+
+def _changed(folder: Path, originals: Mapping[str, str], context: Context) -> list[str]:
+    """Files that the agent changed, removed or made beside the editable ones: recorded."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink() or (path.is_file() and name not in originals):
             found.append(one_line(name, 80))
-    for name in ("program.md", "trainer/prepare.py", "BRIEF.md"):
-        with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
-            if (folder / name).read_text() != originals[name]:
-                found.append(name)
-    return found
+    for name in originals.keys() - context.files.keys():
+        if _text(folder / name) != originals[name]:
+            found.append(name)
+    return sorted(found)
+
+
+def _text(path: Path) -> str | None:
+    """None: it is gone, no plain file or no text."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_bytes().decode()
+    return None
 
 
 def _told(output: str) -> Mapping[str, Any]:

@@ -55,7 +55,9 @@ class Anthropic:
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
         if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
-            return Unavailable(reason, money.until(self._settings))
+            reserve = self.reserve(state, branch)
+            until = money.until(state, branch, self._settings, self._caps, reserve)
+            return Unavailable(reason, until)
         with self._repairing(state, branch, context) as fix:
             talk = _Conversation(self._model, self._settings, state, branch, context, fix)
             try:
@@ -146,14 +148,14 @@ class _Conversation:
             "output_config": {"effort": self._settings.effort},
             **parts,
         }
-        self._afford(request)
-        reply = self._model.ask(request, self._spend, self._context, self._deadline)
+        books = self._afford, self._spend
+        reply = self._model.ask(request, *books, self._context, self._deadline)
         if not reply.usage.cache_write_tokens and not reply.usage.cache_read_tokens:
             self._context.say("the API cached nothing: is the prefix too short?")
         return reply.message
 
     def _afford(self, request: Mapping[str, Any]) -> None:
-        """Caps count what was reserved: no proposal may cost more than that."""
+        """Caps count what was reserved: no proposal may cost more than that. Raises Stopped."""
         size = len(str(request).encode())
         most = money.bound(self._model.price, size, self._settings.max_tokens)
         reserve = money.proposal(self._settings)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.researcher import after
 from jobs.errors import UserError
+from jobs.history import add_usage
 from jobs.model import Usage
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PRICES: Mapping[str, Price] = {
 }
 LARGEST_REQUEST = 300_000  # bytes, about 100,000 tokens, to which one conversation may grow
 AT_CAP_S = 60.0
+PROPOSAL_CALLS = 4  # of the largest size: every third of 24 calls may break off
 PROPOSAL_TOKENS = 1_000_000  # all replies of one proposal together
 
 
@@ -101,9 +103,12 @@ def tokens(spent: Usage) -> int:
 
 
 def proposal(settings: Any) -> Usage:
-    """The most that one proposal may cost: twice what the largest call can cost."""
+    """The most that one proposal may cost: some calls of the largest size.
+
+    Ordinary ones cost little; what takes room is replies that broke off, booked at their bound.
+    """
     most = bound(price(settings), LARGEST_REQUEST, settings.max_tokens)
-    return Usage(cache_read_tokens=PROPOSAL_TOKENS, dollars=2 * most.dollars)
+    return Usage(cache_read_tokens=PROPOSAL_TOKENS, dollars=PROPOSAL_CALLS * most.dollars)
 
 
 def over_cap(state: State, branch: str, own: Any, campaign: Any) -> str | None:
@@ -112,7 +117,11 @@ def over_cap(state: State, branch: str, own: Any, campaign: Any) -> str | None:
     Args:
         own, campaign: caps with dollars and tokens, None for no cap; `campaign` may be None.
     """
-    for caps, spent in ((own, state.committed(branch)), (campaign, state.committed())):
+    return _exceeded((own, state.committed(branch)), (campaign, state.committed()))
+
+
+def _exceeded(*capped: tuple[Any, Usage]) -> str | None:
+    for caps, spent in capped:
         if caps is None:
             continue
         if caps.dollars is not None and spent.dollars > caps.dollars:
@@ -122,6 +131,11 @@ def over_cap(state: State, branch: str, own: Any, campaign: Any) -> str | None:
     return None
 
 
-def until(settings: Any) -> str | None:
-    """When to ask again at a cap: never, or in case that what is in flight costs less."""
-    return None if settings.at_cap == "end" else after(AT_CAP_S)
+def until(state: State, branch: str, settings: Any, campaign: Any, reserve: Usage) -> str | None:
+    """When to ask again at a cap: what is in flight may cost less than its reserve.
+
+    None (never) where the branch is to end there, and money spent leaves no room as it is.
+    """
+    own = add_usage(state.branch(branch).spent, reserve)
+    spent = _exceeded((settings.caps, own), (campaign, add_usage(state.spent, reserve)))
+    return None if settings.at_cap == "end" and spent else after(AT_CAP_S)

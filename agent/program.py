@@ -66,8 +66,13 @@ def limits(text: str) -> Limits:
 def check_result(demands: Limits, result: Result) -> str | None:
     """Why a finished run is over a limit of program.md (its status is then `invalid`), or None.
 
-    What was not measured is not held against a run: the referee says so where it matters.
+    A memory that was not measured is not held against a run; weights that it should have left are.
     """
+    if demands.max_params and result.params is None:
+        return (
+            f"it left no model.safetensors that can be read; program.md's max_params "
+            f"{demands.max_params:,} is checked on the saved weights"
+        )
     if demands.max_params and result.params and result.params > demands.max_params:
         return (
             f"the model has {result.params:,} parameters; program.md allows "

@@ -179,7 +179,7 @@ def _replaced(text: str, old: str, given: Mapping[str, Any]) -> str:
 
 
 def _inserted(text: str, given: Mapping[str, Any]) -> str:
-    rows = text.splitlines(keepends=True)
+    rows = (text if text.endswith("\n") else text + "\n").splitlines(keepends=True) if text else []
     place, new = given.get("insert_line"), given.get("insert_text", given.get("new_str"))
     if not isinstance(new, str) or type(place) is not int or not 0 <= place <= len(rows):
         raise Refused(f"insert needs insert_text and insert_line from 0 to {len(rows)}")

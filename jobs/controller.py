@@ -301,6 +301,7 @@ class Controller:
         """What program.md's front matter demands of a result (parameters, memory) is enforced."""
         if not result.ok:
             return result
+        result = dataclasses.replace(result, params=disk.parameters(self.runs.folder(run)))
         try:
             demands = program.limits(self.proposals.program(run.branch))
         except (program.ProgramError, UserError):

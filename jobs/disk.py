@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import operator
 import os
 import shutil
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from pathlib import Path
 from jobs.errors import Paused
 
 WEIGHTS, SAMPLE = "model.safetensors", "sample.txt"
+LARGEST_HEADER = 10_000_000  # bytes, of the weights' file
 CACHE = "cache"  # the compile cache that a run filled
 
 
@@ -47,6 +51,27 @@ def _remove(folder: Path) -> None:
 
     if folder.exists():
         shutil.rmtree(folder, onerror=retry)
+
+
+def parameters(run_dir: Path) -> int | None:
+    """How many numbers a run's saved weights hold; None: there are none, or no such file.
+
+    An experiment wrote it: only the header is read, and nothing in it is believed to be there.
+    """
+    try:
+        with open(os.open(run_dir / WEIGHTS, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER:
+                return None
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        shapes = [[operator.index(size) for size in t["shape"]] for t in header.values()]
+        if any(len(shape) > 32 or not all(0 <= n < 2**40 for n in shape) for shape in shapes):
+            return None
+        total = sum(map(math.prod, shapes))
+        return total if total < 2**63 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def require_free(folder: Path, megabytes: int) -> None:

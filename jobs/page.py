@@ -212,9 +212,8 @@ def _use(state: State, table: Any) -> str:
             "time that runs held their slot",
         )
     )
-    spent, kept = state.spent, sum(b.kept for b in state.branches.values())
+    spent, each = state.spent, report.dollars_each(state)
     money = f"{spent.dollars:.2f} dollars" + (" (in part estimated)" if spent.estimated else "")
-    each = spent.dollars / max(1, len(state.records)), spent.dollars / max(1, kept)
     tokens = spent.input_tokens + spent.cache_read_tokens + spent.cache_write_tokens
     cost = (
         f"<p>Proposals: {money}, {each[0]:.3f} an experiment, {each[1]:.3f} a keep; "

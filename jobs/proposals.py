@@ -182,7 +182,7 @@ class Proposals:
             number=state.branch(branch).proposals + waiting,
             metric=config.task.metric,
             direction="higher" if config.task.direction == "maximise" else "lower",
-            readable={"trainer/prepare.py": (lab.TRAINER / "prepare.py").read_text()},
+            readable=_readable(config.task.kind),
             known=dict(self._known.experiments),
             records=evidence.Evidence(
                 state, self._repository, self._site.campaign_dir / "runs", config.task.editable
@@ -355,6 +355,12 @@ class Proposals:
         if any(text is None for text in texts.values()):
             return None
         return {p: text for p, text in texts.items() if text is not None and text != head[p]}
+
+
+def _readable(kind: str) -> dict[str, str]:
+    """What a researcher may read besides the program; a general task knows no prepare.py."""
+    path = lab.TRAINER / "prepare.py"
+    return {} if kind == "general" else {f"trainer/{path.name}": path.read_text()}
 
 
 def _at_most(reserve: Usage) -> Usage:

@@ -124,6 +124,12 @@ def _branch_summary(state: State, branch: Branch) -> dict[str, Any]:
     }
 
 
+def dollars_each(state: State) -> tuple[float, float]:
+    """What proposals cost by experiment and by keep."""
+    kept = sum(branch.kept for branch in state.branches.values())
+    return state.spent.dollars / max(1, len(state.records)), state.spent.dollars / max(1, kept)
+
+
 def _cost(usage: Usage) -> dict[str, Any]:
     tokens = usage.input_tokens + usage.cache_write_tokens + usage.cache_read_tokens
     return {
@@ -193,7 +199,11 @@ def _use(state: State) -> list[str]:
     rows = [f"  {duration(state.allocated_s)} of run time{share}"]
     if state.spent.dollars or state.spent.output_tokens:
         about = "about " if state.spent.estimated else ""
-        rows.append(f"  proposals: {about}{state.spent.dollars:.2f} dollars")
+        each, keep = dollars_each(state)
+        rows.append(
+            f"  proposals: {about}{state.spent.dollars:.2f} dollars, "
+            f"{each:.3f} an experiment, {keep:.3f} a keep"
+        )
     return rows
 
 

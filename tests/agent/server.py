@@ -102,6 +102,7 @@ class Server:
     ) -> None:
         self.player, self.fault, self.latency = player, fault, latency
         self.calls: list[Call] = []
+        self.invalid: list[AssertionError] = []  # requests that the real API would refuse
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self._cached: set[str] = set()
@@ -126,10 +127,12 @@ class Server:
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.closing.set()
         self.http.shutdown()
         self.http.server_close()
+        if self.invalid:
+            raise self.invalid[0]
 
     @property
     def dollars(self) -> float:
@@ -139,7 +142,11 @@ class Server:
     # -- one call ---------------------------------------------------------------------------------
 
     def _answer(self, http: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
-        _validate(request)
+        try:
+            _validate(request)
+        except AssertionError as error:  # on the SDK's side this is only a dropped connection
+            self.invalid.append(error)
+            raise
         with self.lock:
             fault = self.fault(len(self.calls))
             call = Call(request, dict(http.headers.items()), fault)

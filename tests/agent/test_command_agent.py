@@ -109,6 +109,40 @@ def test_stop_ends_it_within_two_seconds():
     assert time.monotonic() - began < 2.5
 
 
+def test_what_is_changed_removed_or_made_beside_is_told_also_where_nothing_comes_of_it():
+    found = ask("echo x >> program.md; rm trainer/prepare.py; echo > records/new; exit 3")
+    assert isinstance(found, Unavailable)
+    assert "changed program.md, records/new, trainer/prepare.py" in found.reason
+
+
+def test_a_record_that_was_changed_is_told():
+    tale = Tale()
+    name = tale.add({PATH: PROGRAM + "a = 1\n"}, 1.7, "discard")
+    found = ask(f"echo x >> records/{name}.log; {DEEPER}; {LAST}", tale)
+    assert f"refused:records/{name}.log" in found.tags
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"""echo "x = '$ANTHROPIC_API_KEY'" >> {PATH}; {LAST}""",
+        f"""{DEEPER}; printf '{{"description": "\\\\u006fwn-secret"}}\\n'""",
+    ],
+)
+def test_a_proposal_that_holds_the_key_is_refused(script, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "own-secret")  # looks like no key
+    found = ask(script)
+    assert isinstance(found, Unavailable)
+    assert "contains the API key" in found.reason
+
+
+def test_a_key_is_taken_out_before_its_end_is_cut_off(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "an-own-secret")
+    found = ask("printf '%s' $ANTHROPIC_API_KEY; printf 'x%.0s' {1..290}; exit 3")
+    assert "[key]" in found.reason or "x" * 200 in found.reason
+    assert "secret" not in found.reason
+
+
 def fake_claude(tmp_path, monkeypatch, report: dict, code: int = 0) -> Path:
     """A `claude` on PATH that edits train.py and notes how it was called."""
     program = tmp_path / "claude"
@@ -149,3 +183,19 @@ def test_a_report_of_an_error_is_no_edit_whatever_the_exit_status(
     assert isinstance(found, Unavailable)
     assert ("529" if report else "no report") in found.reason
     assert found.usage.dollars == (0.0 if report else 3.0)
+
+
+def test_a_refused_edit_is_mended_with_what_is_left_of_the_money(tmp_path, monkeypatch):
+    report = {"is_error": False, "result": "no edit", "total_cost_usd": 1.25}
+    fake_claude(tmp_path, monkeypatch, report)
+    claude = tmp_path / "claude"
+    claude.write_text(
+        f"#!/bin/bash\necho \"$@\" >> {tmp_path}/argvs\ncat <<'END'\n{json.dumps(report)}\nEND\n"
+    )
+    tale = Tale()
+    found = Command(settings(preset="claude")).propose(tale.state, "main", tale.context())
+    assert isinstance(found, Unavailable)
+    told = (tmp_path / "argvs").read_text().split()
+    caps = [float(told[i + 1]) for i, word in enumerate(told) if word == "--max-budget-usd"]
+    assert caps == [3.0, 1.75, 0.5]
+    assert "nothing is left" in found.reason

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import httpx2
 import pytest
 from server import (
     FAULTS,
@@ -26,9 +27,10 @@ from server import (
 )
 from tale import PATH, PROGRAM, Tale, settings
 
-from agent import brief
+from agent import brief, money
 from agent.api import Model
 from agent.conversation import Anthropic
+from agent.workbench import Workbench
 from jobs.model import Proposal, Unavailable
 
 
@@ -379,3 +381,50 @@ def test_what_was_set_aside_is_never_exceeded():
     assert isinstance(found, Unavailable)
     assert "set aside" in found.reason or "submitted nothing" in found.reason
     assert 0 < found.usage.dollars <= reserve.dollars
+
+
+def test_every_third_of_many_calls_may_break_off():
+    looks = [Reply((edit(command="view", path=PATH),))] * 13
+    change = {"old_str": "depth=2", "new_str": "depth=3"}
+    edits = Reply((edit(command="str_replace", path=PATH, **change),))
+    player = plays(*looks, edits, Reply((submit("deeper"),)))
+    with Server(player, lambda call: "chunked-drop" if call % 3 == 1 else None) as server:
+        found = ask(server, Tale(), outage_patience=60.0)
+    assert isinstance(found, Proposal), found.reason
+    assert len(server.calls) > 20
+
+
+def test_tries_after_a_break_stop_where_the_next_might_not_be_paid(monkeypatch):
+    monkeypatch.setattr(money, "PROPOSAL_CALLS", 1)
+    tale = Tale()
+    with Server(deepens, lambda call: "chunked-drop") as server:
+        asked = researcher(server, outage_patience=600.0)
+        found = asked.propose(tale.state, "main", tale.context())
+        reserve = asked.reserve(tale.state, "main")
+    assert "set aside" in found.reason
+    assert 0 < found.usage.dollars <= reserve.dollars
+
+
+@pytest.mark.parametrize("tag", ["</data>", "</DATA>", "< / Data >", "<dAta>"])
+def test_untrusted_text_closes_no_block_however_it_is_spelt(tag):
+    inner = brief.data(f"before {tag} after").removeprefix("<data>").removesuffix("</data>")
+    assert re.search(r"<\s*/?\s*data", inner, flags=re.IGNORECASE) is None
+
+
+def test_what_is_inserted_after_a_last_line_without_an_end_is_a_line_of_its_own():
+    bench = Workbench(Tale().state, Tale().context(), {PATH: "a = 1"})
+    bench.use(
+        "str_replace_based_edit_tool",
+        {"command": "insert", "path": PATH, "insert_line": 1, "insert_text": "b = 2"},
+    )
+    assert bench.files[PATH] == "a = 1\nb = 2\n"
+
+
+def test_what_the_real_api_would_refuse_fails_the_test():
+    messages = [{"role": "user", "content": []}]
+    request = {"stream": True, "messages": messages, "system": [], "tools": []}
+    server = Server(deepens).__enter__()
+    with pytest.raises(httpx2.HTTPError):
+        httpx2.post(server.url, json=request)
+    with pytest.raises(AssertionError, match="empty content"):
+        server.__exit__(None, None, None)

@@ -123,6 +123,7 @@ def test_twenty_experiments_by_a_faulty_api_keep_what_is_better_and_nothing_else
         assert any(f"{record.id} {record.verdict}" in text for text in openings)
     diffs = [last_result(c.request) for c in server.calls if step(c.request) == 1]
     assert any("+x = " in diff for diff in diffs)
+    assert not any("# trainer/prepare.py" in text for text in openings)  # it is no nanochat
     assert holds_key(folder) == []
 
 
@@ -161,7 +162,9 @@ def tunes(request: dict[str, Any]) -> Reply:
     return Reply((edit(command="create", path="trainer/train.py", file_text=changed),))
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    "count", [1, pytest.param(20, marks=[pytest.mark.proof, pytest.mark.timeout(5400)])]
+)
 def test_a_night_of_real_training_by_a_faulty_api(tmp_path, count):
     files = {
         "trainer/train.py": (ROOT / "trainer" / "train.py").read_text(),

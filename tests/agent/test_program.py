@@ -48,12 +48,14 @@ def test_a_front_matter_that_never_closes_is_told():
 
 def test_results_over_a_limit_are_named_and_unknown_ones_pass():
     demands = program.Limits(max_params=1000, max_memory_gb=2)
-    assert program.check_result(demands, Result("r", "ok", "", 1.0)) is None
+    assert program.check_result(program.Limits(max_memory_gb=2), Result("r", "ok", "", 1.0)) is None
+    assert "left no" in program.check_result(demands, Result("r", "ok", "", 1.0))
     assert program.check_result(demands, Result("r", "ok", "", 1.0, params=1000)) is None
     assert "1,001" in program.check_result(demands, Result("r", "ok", "", 1.0, params=1001))
-    on_gpu = Result("r", "ok", "", 1.0, memory_mb=9000, gpu_memory_mb=2000)
+    on_gpu = Result("r", "ok", "", 1.0, params=1000, memory_mb=9000, gpu_memory_mb=2000)
     assert program.check_result(demands, on_gpu) is None
-    assert "2.05 GB" in program.check_result(demands, Result("r", "ok", "", 1.0, memory_mb=2100))
+    large = Result("r", "ok", "", 1.0, params=1000, memory_mb=2100)
+    assert "2.05 GB" in program.check_result(demands, large)
 
 
 @pytest.mark.parametrize(

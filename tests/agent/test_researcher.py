@@ -9,13 +9,14 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import anthropic
 import pytest
 import server as api
 from server import Reply, Server, edit, step, submit
 from tale import PATH, Tale, settings
 
 from agent import keys, money
-from agent.api import Model
+from agent.api import Model, failure
 from agent.command import Command
 from agent.conversation import Anthropic
 from agent.researcher import after, researcher
@@ -161,9 +162,37 @@ def test_at_the_cap_it_ends_or_is_asked_again_as_configured():
     assert end.until is None
 
 
+def test_a_cap_that_is_only_reserved_ends_no_branch():
+    caps = SimpleNamespace(dollars=12.0, tokens=None)
+    tale = Tale()
+    tale.put("proposal_requested", proposal="p", branch="main", reserve={"dollars": 12.5})
+    with Server(longer) as server:
+        asked = model(server, caps=caps, at_cap="end")
+        assert ask(asked, tale).until is not None
+        tale.put("proposal_failed", proposal="p", unavailable={"usage": {"dollars": 11.9}})
+        reserve = to_json(asked.reserve(tale.state, "main"))
+        tale.put("proposal_requested", proposal="q", branch="main", reserve=reserve)
+        assert ask(asked, tale).until is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ftp://127.0.0.1"])
+def test_what_is_wrong_here_is_told_at_once_and_costs_nothing(address):
+    given = settings(base_url=address, outage_patience=600.0)
+    found = ask(Anthropic(given, None, Model(given, 0.5, 0.05)), Tale())
+    assert "cannot be sent from here" in found.reason
+    assert found.usage == Usage()
+
+
+def test_faults_of_this_side_are_no_broken_connection():
+    for error in (ImportError("no boto3"), anthropic.AnthropicError("no region")):
+        failed = failure(error)
+        assert (failed.passing, failed.sent) == (False, False)
+    assert failure(ConnectionError("reset")).sent
+
+
 def test_caps_hold_with_eight_branches_in_flight():
     branches = tuple(f"b{n}" for n in range(8))
-    tale, cap = Tale(branches), 7.0
+    tale, cap = Tale(branches), 14.0
     spent, refused = {"usage": to_json(Usage(dollars=0.7))}, 0
     with Server(longer) as server:
         asked = model(server, campaign=SimpleNamespace(dollars=cap, tokens=None))

@@ -583,6 +583,7 @@ def test_what_a_proposal_cost_is_booked_whether_it_came_or_not(make_lab: MakeLab
     better = edit({"solution.py": SOLUTION.replace("2.0", "1.0")}, usage=whole)
     lab.run(researcher=Player(better, Unavailable("no idea", None, half)))
     assert (lab.state.spent.dollars, lab.state.spent.output_tokens) == (1.5, 15)
+    assert "1.50 dollars, 0.750 an experiment, 0.750 a keep" in lab.call("status")[1]
 
 
 class Dear(Player):
@@ -794,3 +795,37 @@ def test_a_score_by_another_referee_is_not_compared(
     monkeypatch.setattr("containers.seal.evaluator_sha256", lambda folder: "another")
     with pytest.raises(Paused, match="evaluator changed since this campaign began"):
         lab.run()
+
+
+# -- what program.md demands ----------------------------------------------------------------------
+
+MODEL = (
+    SOLUTION
+    + """
+if __name__ == "__main__":
+    import json, os
+
+    memory = b"x" * int(NAP * 2**30)
+    shapes = {"a": {"shape": [int(X), 10]}, "b": {"shape": [5]}, "__metadata__": {"c": "a"}}
+    header = json.dumps(shapes).encode()
+    if Y > 0:
+        with open(os.environ["AUTORESEARCH_SCRATCH"] + "/model.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+"""
+)
+
+
+def test_a_model_beyond_the_limits_of_program_md_is_invalid(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), change(X=3), change(Y=-1), change(NAP=0.5))
+    lab.write("solution.py", MODEL)
+    lab.write("program.md", "---\nmax_params: 25\nmax_memory_gb: 0.4\n---\nLower the loss.\n")
+    lab.git("commit", "--quiet", "--all", "--message", "a model")
+    lab.configure(task=lab.settings["task"] | {"command": ["python", "solution.py"]})
+    lab.run()
+    results = [lab.state.results(f"e000{n}")[-1] for n in range(1, 6)]
+    assert [result.status for result in results] == ["ok", "ok", "invalid", "invalid", "invalid"]
+    assert [result.params for result in results[:4]] == [25, 15, 35, None]
+    assert "35 parameters; program.md allows max_params 25" in results[2].reason
+    assert "left no model.safetensors" in results[3].reason
+    assert "program.md allows max_memory_gb 0.4" in results[4].reason
+    check_books(lab)
