@@ -55,6 +55,20 @@ def _relative(text: str) -> str:
     return text
 
 
+def _gpus(text: str) -> str:
+    """'h100' -> 'h100:1'."""
+    found = re.fullmatch(r"[1-9]\d*|([\w.-]*[A-Za-z][\w.-]*)(:[1-9]\d*)?", text)
+    if not found:
+        raise ValueError("a number of GPUs, or a model and a number: '1', 'h100:1'")
+    return f"{text}:1" if found[1] and not found[2] else text
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"(?i)\d+[KMGT]?B?", text):
+        raise ValueError("a whole number with K, M, G or T: '32G', '1536M'")
+    return text
+
+
 Name = Annotated[str, AfterValidator(_name)]
 TimeOfDay = Annotated[str, BeforeValidator(_time_of_day)]
 RepoPath = Annotated[str, AfterValidator(_relative)]
@@ -134,9 +148,13 @@ class Executor:
     gpu_syntax: Literal["gres", "gpus", "gpus-per-node", "none"] = _says(
         "gres", "gres, gpus, gpus-per-node or none, as the site has it"
     )
-    gpus: str = _says("1", "GPUs of a run: '1', or with the model 'h100:1'")
+    gpus: Annotated[str, AfterValidator(_gpus)] = _says(
+        "1", "GPUs of a run: '1', or with the model 'h100:1'"
+    )
     cpus: Count = _says(4, "CPU cores of a run")
-    memory: str | None = _says("32G", "memory of a run; null where the site refuses --mem")
+    memory: Annotated[str, AfterValidator(_memory)] | None = _says(
+        "32G", "memory of a run; null where the site refuses --mem"
+    )
     nodes: Count = _says(1, "allocation: nodes to hold")
     hold_hours: Positive = _says(12.0, "allocation: how long one holder keeps its nodes")
     setup: tuple[str, ...] = _says((), "shell lines before a run: modules, proxy, PATH")
@@ -503,8 +521,11 @@ def _conflicts(config: Config) -> Iterator[str]:
     for name, branch in config.branches.items():
         if (branch.node or branch.constraint) and config.executor.kind == "local":
             yield f"branches.{name}: node and constraint need executor.kind slurm or allocation"
-        if branch.constraint and config.executor.kind == "allocation":
-            yield f"branches.{name}.constraint: an allocation has executor.constraint, for all"
+        for key, common in (("constraint", "constraint"), ("gpu", "gpus")):
+            if getattr(branch, key) and config.executor.kind == "allocation":
+                yield f"branches.{name}.{key}: an allocation has executor.{common}, for all"
+    if config.executor.isolation == "apptainer" and not config.executor.image:
+        yield "executor.isolation: apptainer needs executor.image, the image that runs are in"
     for path, agent in _agents(config):
         if agent.kind == "scripted" and not agent.script:
             yield f"{path}.script: is missing; a scripted researcher reads its edits from there"

@@ -50,7 +50,7 @@ def lost(run: Run, reason: str, state: JobState) -> Result:
     """The result of a run that left none."""
     return Result(
         run.id,
-        "infrastructure",
+        "oom" if state.oom else "infrastructure",
         reason,
         node=state.node,
         details={"preempted": True} if state.preempted else {},

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from jobs import process
 
@@ -32,11 +33,27 @@ def claim(run_dir: Path) -> bool:
     draft.write_text(json.dumps(record))
     try:
         os.link(draft, run_dir / "claim.json")  # atomic, also on NFS
-    except FileExistsError:
-        return False
+        return True
+    except FileExistsError:  # NFS: also to one's own call, where its answer was lost
+        return draft.stat().st_nlink == 2
     finally:
         draft.unlink()
-    return True
+
+
+def claimed(runs: Path, run: str) -> dict[str, Any]:
+    """What the claim of a run says, by its id ('e0042-s1-a1'); {} where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(
+            (runs / run.replace("-", "/", 1) / "claim.json").read_text()
+        )
+        return found
+    except (OSError, ValueError):  # none, or torn by a power cut
+        return {}
+
+
+def run_id(name: str) -> str:
+    """'night-e0042-s1-a1' -> 'e0042-s1-a1'."""
+    return "-".join(name.split("-")[-3:])
 
 
 def run(run_dir: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from jobs import process
+from jobs import payload, process
 from jobs.config import Executor as Settings
 from jobs.errors import UserError
 from jobs.model import Run, Submission
@@ -37,6 +36,7 @@ class JobState:
     permanent: bool = False  # pending for a reason that waiting does not mend
     queue_s: float | None = None
     preempted: bool = False
+    oom: bool = False  # its memory limit ended it, by the cgroup's evidence
 
 
 # Where a branch wants its runs: any of "node", "constraint" (a feature of nodes), "gpu" (a model).
@@ -168,7 +168,7 @@ class LocalExecutor:
 
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Payloads say who they are in their run folder: wait for one that may just be starting."""
-        runs = {name: "-".join(name.rsplit("-", 3)[1:]) for name in names}
+        runs = {name: payload.run_id(name) for name in names}
         found: dict[str, Submission] = {}
         deadline = time.monotonic() + START_GRACE_S
         while missing := runs.keys() - found.keys():
@@ -187,9 +187,8 @@ class LocalExecutor:
 
     def _claimed(self, run: str) -> Submission | None:
         """The submission that a run folder's claim tells of, and which GPU it holds."""
-        try:
-            claim = json.loads((self._folder(run) / "claim.json").read_text())
-        except (FileNotFoundError, ValueError):  # none, or torn by a power cut
+        claim = payload.claimed(self._runs, run)
+        if not claim:
             return None
         if claim.get("device"):
             self._holders[run] = (claim["process"], claim["device"])

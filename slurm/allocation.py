@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -22,8 +23,8 @@ from jobs.errors import UserError
 from jobs.model import Run, Submission
 from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
-from slurm.commands import Busy, Row, Unanswered
-from slurm.executor import last_line, run_id, scancel, state_of
+from slurm.commands import Row, Unanswered
+from slurm.executor import Sbatch, last_line, scancel, state_of
 from slurm.step import AllocationExecutor, StepJob
 from slurm.table import Entry, Table
 
@@ -95,7 +96,7 @@ class AllocationRuns:
         self._holders: list[Holder] | None = None  # newest last; None: never asked
         self._names: dict[str, tuple[str, ...]] = {}  # node list -> nodes
         self._sizes: dict[str, int] = {}  # holder -> the most nodes that it was seen with
-        self._trouble = ""
+        self._submit = Sbatch()
         self._in_a_job = "SLURM_JOB_ID" in os.environ  # the controller itself
         self._closed = threading.Event()
         self._beat: threading.Thread | None = None
@@ -239,17 +240,9 @@ class AllocationRuns:
             nodes,
             min([self._settings.nodes, *shrunk]),
         )
-        try:
-            job = commands.ask(["sbatch", "--parsable"], stdin=text).split(";")[0].strip()
-        except Unanswered as error:
-            refused = commands.refusal(str(error).removeprefix("sbatch: "))
-            if not isinstance(refused, Busy | Unanswered):
-                raise refused from None
-            self._trouble = str(refused)
-            return
-        self._trouble = ""
-        row = Row(job, "PENDING", name=self._name)
-        self._holders = [*(self._holders or []), Holder(row, (), time.monotonic())]
+        if job := self._submit(functools.partial(commands.sbatch, text)):
+            row = Row(job, "PENDING", name=self._name)
+            self._holders = [*(self._holders or []), Holder(row, (), time.monotonic())]
 
     def _give_back_spares(self) -> None:
         """A holder has done its part once a newer one runs, or it has shrunk (the nodes that it
@@ -274,6 +267,7 @@ class AllocationRuns:
             steps = commands.steps() if self._strangers() else {}
         except Unanswered:
             return None
+        self._submit.outage = False
         self._forget(wanted, steps)
         self._detach()
         for entry in self._table:
@@ -351,25 +345,20 @@ class AllocationRuns:
             return JobState("absent", "no such step is known")
         if entry.launched is None:
             return self._why_waiting(entry)
-        queue_s = entry.launched - entry.asked
+        state = JobState("running", node=entry.node, queue_s=entry.launched - entry.asked)
+        holder, begun = jobs.get(entry.holder or ""), self._begun(entry)
         if self._attached(entry) or _key(entry) in steps:
-            begun = "" if self._begun(entry) else "starting"
-            return JobState("running", begun, node=entry.node, queue_s=queue_s)
-        holder = jobs.get(entry.holder or "")
-        if not self._begun(entry) and time.time() - entry.launched < STARTING_S:
-            return JobState("running", "starting", node=entry.node, queue_s=queue_s)
+            return state if begun else replace(state, reason="starting")
+        if not begun and time.time() - entry.launched < STARTING_S:
+            return replace(state, reason="starting")
         if holder and holder.state == "RUNNING":
-            return JobState("ended", f"its step {self._ending(entry)}", entry.node, False, queue_s)
+            return replace(state, phase="ended", reason=f"its step {self._ending(entry)}")
         if holder and commands.phase(holder.state) == "running":  # why, is not known before it ends
-            return JobState("running", "its allocation is ending", entry.node, False, queue_s)
+            return replace(state, reason="its allocation is ending")
         became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"
-        return JobState(
-            "ended",
-            f"its allocation, job {entry.holder}, is {became}",
-            node=entry.node,
-            queue_s=queue_s,
-            preempted=holder is not None and holder.state == "PREEMPTED",
-        )
+        reason = f"its allocation, job {entry.holder}, is {became}"
+        preempted = holder is not None and holder.state == "PREEMPTED"
+        return replace(state, phase="ended", reason=reason, preempted=preempted)
 
     def _ending(self, entry: Entry) -> str:
         srun = self._sruns.get(entry.run)
@@ -382,17 +371,16 @@ class AllocationRuns:
         """Pending: in the words of the holder that it waits for."""
         holders = self._holders or []
         if pending := [holder.row for holder in holders if not holder.running]:
-            state = state_of(replace(pending[-1], state="PENDING"))
-            reason = (
-                f"waits for its allocation, job {pending[-1].job}: {state.reason or 'submitted'}"
-            )
-            return replace(state, reason=reason, node=None)
-        if self._trouble:
-            return JobState("pending", f"no allocation: {self._trouble}")
+            row, why = pending[-1], state_of(replace(pending[-1], state="PENDING"))
+            # One that runs may hold the very share that the next one waits for.
+            permanent = why.permanent and not any(holder.running for holder in holders)
+            reason = f"waits for its allocation, job {row.job}: {why.reason or 'submitted'}"
+            return JobState("pending", reason, permanent=permanent)
+        if self._submit.why:
+            return JobState("pending", f"no allocation: {self._submit.why}")
         if not any(self._fits(holder, entry) for holder in holders):
-            return JobState(
-                "pending", "no allocation has time or nodes for it; the next is asked for"
-            )
+            why_not = "no allocation has time or nodes for it; the next is asked for"
+            return JobState("pending", why_not)
         said = last_line(self._srun_log(entry))
         return JobState("pending", f"waits for a place{said and f' ({said})'}")
 
@@ -401,7 +389,7 @@ class AllocationRuns:
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Runs in this executor's table, which is written before anything is started."""
         known = {entry.name for entry in self._table}
-        return {n: Submission(run_id(n), "allocation", n) for n in names if n in known}
+        return {n: Submission(payload.run_id(n), "allocation", n) for n in names if n in known}
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End these runs. Where Slurm does not answer, their time limits end them."""

@@ -211,12 +211,15 @@ _SETTINGS = (
     (r"reservation", "reservation"),
     (r"gres|gpus?\b|tres", "gpu_syntax or gpus"),
     (r"node name", "exclude"),
-    (r"invalid --time|time limit", "margin, hold_hours or the budget"),
+    (r"invalid --time|time limit|MaxWall", "margin, hold_hours or the budget"),
     (r"memory|--mem\b", "memory"),
-    (r"cpu count|cpus? per|more processors", "cpus"),
+    (r"cpu|more processors", "cpus"),
     (r"node configuration is not available|node count", "gpus, cpus, memory, nodes or constraint"),
+    (r"(Assoc|QOS)\w+", "qos or account"),
 )
-_BUSY = r"MaxSubmit|MaxJobs|job submit limit|submit.*limit|too many jobs|Slurm temporarily unable"
+_BUSY = r"MaxSubmit|GrpSubmit|MaxJobs|too many jobs|Slurm temporarily unable"
+# The same sentence for every limit of an account or a QOS; the line before it may name which.
+_POLICY = r"\bJob violates accounting/QOS policy\b.*"
 _OUTAGE = (
     r"contact slurm controller|socket timed out|zero bytes|connection (refused|reset|timed)"
     r"|munge|i/o error|timed out|resource temporarily|unexpected message|in standby"
@@ -225,11 +228,13 @@ _OUTAGE = (
 
 def refusal(said: str) -> AutoresearchError:
     """The error for what sbatch said: Unanswered (an outage), Busy, or UserError."""
-    if re.search(_BUSY, said, re.IGNORECASE):
+    told = re.sub(_POLICY, "", said)
+    unnamed = told != said and not re.search(r"(Assoc|QOS)\w+", told)
+    if unnamed or re.search(_BUSY, told, re.IGNORECASE):
         return Busy(said)
-    if re.search(_OUTAGE, said, re.IGNORECASE):
+    if re.search(_OUTAGE, told, re.IGNORECASE):
         return Unanswered(said)
-    found = next((s for pattern, s in _SETTINGS if re.search(pattern, said, re.IGNORECASE)), None)
+    found = next((s for pattern, s in _SETTINGS if re.search(pattern, told, re.IGNORECASE)), None)
     place = f"executor.{found}" if found else "the executor's settings"
     return UserError(
         f"Slurm refused the job: {said}. See {place} in campaign.yaml; nothing was started"

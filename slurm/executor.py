@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,31 @@ from slurm.table import Entry, Table
 
 PROBE_S = 600.0  # how long an answer to "does sacct work here?" is believed
 FIND_S = 90.0  # a restarted controller waits so long for a Slurm that does not answer
-OUTAGE_S = 30.0  # after sbatch got no answer, others are not made to wait for theirs
+
+
+class Sbatch:
+    """Submits, or says why not.
+
+    After an sbatch without an answer none is tried before a query was answered: it may have become
+    a job all the same, and others are not made to wait for theirs.
+    """
+
+    def __init__(self) -> None:
+        self.why = ""  # the last one came to nothing
+        self.outage = False
+
+    def __call__(self, submit: Callable[[], str]) -> str | None:
+        """The job's id, or None: see `why`. Raises UserError."""
+        if self.outage:
+            return None
+        try:
+            job, self.why = submit(), ""
+            return job
+        except Busy as error:
+            self.why = f"Slurm takes no more jobs for now: {error}"
+        except Unanswered as error:
+            self.outage, self.why = True, f"sbatch got no answer: {error}"
+        return None
 
 
 class SlurmExecutor:
@@ -44,8 +67,7 @@ class SlurmExecutor:
         self._settings, self._campaign_dir, self._work = settings, campaign_dir, work
         (campaign_dir / "submitit").mkdir(parents=True, exist_ok=True)
         self._waiting = Table(campaign_dir / "submitit" / "waiting.json")
-        self._why_waiting = ""
-        self._outage_until = 0.0
+        self._submit = Sbatch()
         self._accounting: tuple[float, bool] | None = None  # when probed, and whether it works
 
     def submit(
@@ -64,23 +86,10 @@ class SlurmExecutor:
         """
         avoided = tuple(sorted(avoid))
         entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, avoided, dict(place))
-        if job := self._try(entry):
+        if job := self._submit(functools.partial(self._sbatch, entry)):
             return Submission(run.id, "slurm", job)
         self._waiting.put(entry)
         return Submission(run.id, "slurm", name)
-
-    def _try(self, entry: Entry) -> str | None:
-        """The job's id, or None where it has to wait. Raises UserError."""
-        if time.monotonic() < self._outage_until:
-            return None
-        try:
-            return self._sbatch(entry)
-        except Busy as error:
-            self._why_waiting = f"Slurm takes no more jobs for now: {error}"
-        except Unanswered as error:
-            self._outage_until = time.monotonic() + OUTAGE_S
-            self._why_waiting = f"sbatch got no answer: {error}"
-        return None
 
     def _sbatch(self, entry: Entry) -> str:
         folder = script.job_folder(self._campaign_dir, entry.name)
@@ -106,7 +115,7 @@ class SlurmExecutor:
             rows = self._rows(submissions)
         except Unanswered:
             return None
-        self._outage_until = 0.0
+        self._submit.outage = False
         self._submit_waiting(submissions, rows)
         return {s.run: self._state(s, rows) for s in submissions}
 
@@ -127,7 +136,7 @@ class SlurmExecutor:
         if row:
             return state_of(row, self._last_words(row))
         if self._waiting.get(submission.run):
-            return JobState("pending", self._why_waiting)
+            return JobState("pending", self._submit.why)
         return JobState("absent", "Slurm does not know the job any more")
 
     def _submit_waiting(self, submissions: Sequence[Submission], rows: Mapping[str, Row]) -> None:
@@ -136,10 +145,10 @@ class SlurmExecutor:
         for entry in self._waiting:
             if entry.run not in wanted:
                 continue
-            if self._job_folder(entry.name) in rows or self._try(entry):
-                self._waiting.drop(entry.run)  # the first: an sbatch without answer had succeeded
-            else:
+            known = self._job_folder(entry.name) in rows  # an sbatch without answer had succeeded
+            if not known and self._submit(functools.partial(self._sbatch, entry)) is None:
                 break
+            self._waiting.drop(entry.run)
 
     def _job_folder(self, name: str) -> str:
         return str(script.job_folder(self._campaign_dir, name))
@@ -163,13 +172,14 @@ class SlurmExecutor:
         Raises:
             Paused: Slurm does not answer. Taking that for "not there" would run things twice.
         """
-        wanted = {name: run_id(name) for name in names}
-        jobs = self._jobs_named(list(wanted))
+        wanted = {name: payload.run_id(name) for name in names}
+        runs, jobs = self._campaign_dir / "runs", self._jobs_named(list(wanted))
         found = {name: Submission(wanted[name], "slurm", job) for name, job in jobs.items()}
         for name, run in wanted.items():
             if name not in found and self._waiting.get(run):
                 found[name] = Submission(run, "slurm", name)
-            elif name not in found and (job := self._claimed_by(run)):
+            # Slurm forgets ended jobs after MinJobAge; the payload said which one it was.
+            elif name not in found and (job := payload.claimed(runs, run).get("slurm_job")):
                 found[name] = Submission(run, "slurm", job)
         return found
 
@@ -190,15 +200,6 @@ class SlurmExecutor:
                         "Start again when squeue answers; nothing was submitted meanwhile",
                     ) from None
                 time.sleep(2)
-
-    def _claimed_by(self, run: str) -> str | None:
-        """The job that a run's payload said it was; Slurm forgets ended jobs after MinJobAge."""
-        try:
-            claim = self._campaign_dir / "runs" / run.replace("-", "/", 1) / "claim.json"
-            job: str | None = json.loads(claim.read_text()).get("slurm_job")
-            return job
-        except OSError:
-            return None
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End these runs' jobs. Where Slurm does not answer, their time limits end them."""
@@ -231,6 +232,7 @@ def state_of(row: Row, last_words: str = "") -> JobState:
         permanent=cure is not None,
         queue_s=row.queue_s,
         preempted=row.state == "PREEMPTED",
+        oom=row.state == "OUT_OF_MEMORY",
     )
 
 
@@ -241,11 +243,6 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
-
-
-def run_id(name: str) -> str:
-    """'night-e0042-s1-a1' -> 'e0042-s1-a1'."""
-    return "-".join(name.split("-")[-3:])
 
 
 def scancel(what: Sequence[str]) -> None:

@@ -68,7 +68,8 @@ def sbatch_parameters(
         "setup": [f"export AUTORESEARCH_RUN_NAME={shlex.quote(name)}", *_setup(settings)],
         "additional_parameters": extra,
     }
-    return {key: value for key, value in parameters.items() if value is not None}
+    given = {key: value for key, value in parameters.items() if value is not None}
+    return given | {"wckey": None}  # submitit's own: a site that checks such keys knows it not
 
 
 def placed(settings: Settings, place: Mapping[str, str]) -> Settings:
@@ -150,7 +151,7 @@ def holder_text(
 
     It compares two counters in a file that the controller rewrites: one is the heartbeat, the other
     stands still while no run is wanted. Only changes count, so no clocks are compared. Running
-    steps are let finish, as far as squeue can be asked from a node.
+    steps are let finish, for as long as a run may take and squeue can be asked from a node.
     """
     count, folder = per_node(settings), campaign_dir.absolute() / "submitit"
     # The syntax `gpus` counts those of all nodes together: no range of nodes goes with it.
@@ -174,26 +175,29 @@ def holder_text(
     # --no-kill: a node that dies takes only its own runs.
     lines = ["#!/bin/bash", *lines, "#SBATCH --no-requeue", "#SBATCH --no-kill"]
     beat, grace = shlex.quote(str(folder / "heartbeat")), math.ceil(limit_s + settings.margin)
-    return "\n".join(lines) + _WATCH.format(beat=beat, stale=stale_s, idle=idle_s, grace=grace)
+    watch = _WATCH.format(
+        beat=beat, stale=stale_s, idle=idle_s, grace=grace, poll=settings.poll_seconds
+    )
+    return "\n".join(lines) + watch
 
 
 _WATCH = """
 
 beat= busy= alive=0 used=0
-while sleep 2; do
+while sleep {poll:g}; do
   read -r b w 2>/dev/null <{beat} || b=$beat w=$busy
   [ "$b" = "$beat" ] || {{ beat=$b alive=$SECONDS; }}
   [ "$w" = "$busy" ] || {{ busy=$w used=$SECONDS; }}
   if [ $((SECONDS - alive)) -gt {stale:.0f} ]; then
-    why="no heartbeat of the controller for {stale:.0f} s"
-    [ $((SECONDS - alive)) -lt $(({stale:.0f} + {grace})) ] || break
+    why="no heartbeat of the controller for {stale:.0f} s" over=$((SECONDS - alive - {stale:.0f}))
   elif [ $((SECONDS - used)) -gt {idle:.0f} ]; then
-    why="nothing to run for {idle:.0f} s"
+    why="nothing to run for {idle:.0f} s" over=$((SECONDS - used - {idle:.0f}))
   else
     continue
   fi
+  [ "$over" -lt {grace} ] || break
   steps=$(squeue --steps -h -j "$SLURM_JOB_ID" -o %i) || continue
-  grep -qvE '\\.(batch|extern)$' <<<"$steps" || break
+  grep -qE '\\.[0-9]+$' <<<"$steps" || break
 done
 echo "giving the nodes back: $why"
 """

@@ -140,6 +140,9 @@ def test_places_that_an_executor_does_not_have_are_told_at_once(make_lab: MakeLa
     lab.configure(executor={"kind": "allocation"}, branches={"main": {"constraint": "fast"}})
     with pytest.raises(ConfigError, match=r"branches\.main\.constraint"):
         lab.run()
+    lab.configure(branches={"main": {"gpu": "h100"}})
+    with pytest.raises(ConfigError, match=r"branches\.main\.gpu: an allocation has executor.gpus"):
+        lab.run()
 
 
 # -- their own troubles ---------------------------------------------------------------------------

@@ -71,6 +71,12 @@ def test_the_template_shows_every_setting_with_its_default(tmp_path: Path) -> No
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_gpu_model_alone_is_one_of_them() -> None:
+    assert parsed(executor={"gpus": "h100"}).executor.gpus == "h100:1"
+    for gpus in ("1", "h100:4", "a100_1g.5gb:2", "1g.5gb:1"):
+        assert parsed(executor={"gpus": gpus}).executor.gpus == gpus
+
+
 def test_branches_take_what_they_do_not_say_from_the_campaigns_agent() -> None:
     settings = parsed(
         agent={"kind": "scripted", "script": "edits.yaml", "seed": 3},
@@ -141,6 +147,20 @@ def test_a_site_file_that_is_not_there_is_told_as_that(tmp_path: Path) -> None:
         (
             {"executor": {"slots": True}},
             "executor.slots: True is not allowed: should be a valid integer",
+        ),
+        (
+            {"executor": {"gpus": "h100:a100"}},
+            "executor.gpus: 'h100:a100' is not allowed: a number of GPUs, or a model and a number: "
+            "'1', 'h100:1'",
+        ),
+        (
+            {"executor": {"memory": "1.5G"}},
+            "executor.memory: '1.5G' is not allowed: a whole number with K, M, G or T: "
+            "'32G', '1536M'",
+        ),
+        (
+            {"executor": {"isolation": "apptainer"}},
+            "executor.isolation: apptainer needs executor.image, the image that runs are in",
         ),
         ({"executor": 3}, "executor: 3 is not allowed: should be an object"),
         ({"branches": []}, "branches: [] is not allowed: should be an object"),

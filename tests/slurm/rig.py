@@ -90,7 +90,9 @@ class Controller:
 
     def __init__(self, folder: Path, kind: str, **options: Any) -> None:
         self.folder = folder
-        settings = {"cpus": 1, "memory": "200M", "margin": 30.0} | options.pop("settings", {})
+        settings = {"cpus": 1, "memory": "200M", "margin": 30.0, "poll_seconds": 2.0} | options.pop(
+            "settings", {}
+        )
         self.settings = {"kind": kind, **settings}
         self._options = options
         self.start()

@@ -83,7 +83,7 @@ def test_a_run_without_a_place_waits_and_says_why(controller):
     night("submit", "e0002-s1-a1")
     assert night.state("e0002-s1-a1") | {"reason": ""} == {
         "phase": "pending", "reason": "", "node": None, "permanent": False, "queue_s": None,
-        "preempted": False,
+        "preempted": False, "oom": False,
     }  # fmt: skip
     wait_for(lambda: night("survey") is not None and night.finished("e0002-s1-a1"))
 

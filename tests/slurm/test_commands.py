@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from rig import ROOT
 
+from jobs import outcome, payload
 from jobs.errors import UserError
+from jobs.model import Budget, Run
 from slurm import commands
 from slurm.commands import Busy, Row, Unanswered
-from slurm.executor import run_id, state_of
+from slurm.executor import state_of
 
 
 @pytest.fixture
@@ -38,6 +40,10 @@ def test_the_projects_own_jobs_get_what_a_run_gets_and_the_way_to_images_and_out
         assert set(names.split(",")) == wanted, name
 
 
+POLICY = (
+    "Batch job submission failed: Job violates accounting/QOS policy"
+    " (job submit limit, user's size and/or time limits)"
+)
 LINE = "7|RUNNING|n[1-2]|2026-01-01T00:00:00|2026-01-01T00:00:30|1-02:03:04|None|/lab|night|odd"
 
 
@@ -103,6 +109,10 @@ def test_durations(text: str, seconds: float | None):
         ("Requested time limit is invalid (missing or exceeds some limit)", "hold_hours"),
         ("Requested node configuration is not available", "gpus, cpus, memory"),
         ("Memory specification can not be satisfied", "memory"),
+        (f"QOSMaxWallDurationPerJobLimit; {POLICY}", "margin, hold_hours"),
+        (f"QOSMaxGRESPerJob; {POLICY}", "gpu_syntax or gpus"),
+        (f"QOSMinGRES; {POLICY}", "gpu_syntax or gpus"),
+        (f"AssocMaxNodePerJobLimit; {POLICY}", "qos or account"),
         ("something that nobody has seen before", "executor's settings"),
     ],
 )
@@ -118,6 +128,8 @@ def test_a_refusal_names_the_setting_and_keeps_slurms_words(said: str, setting: 
     [
         ("AssocMaxSubmitJobLimit; Job violates accounting/QOS policy (job submit limit)", Busy),
         ("QOSMaxSubmitJobPerUserLimit", Busy),
+        (f"QOSGrpSubmitJobsLimit; {POLICY}", Busy),
+        (POLICY, Busy),
         ("Unable to contact slurm controller (connect failure)", Unanswered),
         ("Socket timed out on send/recv operation", Unanswered),
         ("Command '['sbatch']' timed out after 60.0 seconds", Unanswered),
@@ -179,6 +191,13 @@ def test_only_preemption_counts_as_preemption():
     assert not state_of(Row("1", "CANCELLED")).preempted
 
 
+def test_only_slurms_own_word_says_that_memory_ran_out():
+    run = Run("e0001", 1, 1, Budget("wall", 1), "cpu")
+    said = {state: state_of(Row("1", state)) for state in ("OUT_OF_MEMORY", "FAILED")}
+    ends = {state: outcome.lost(run, "no result", found).status for state, found in said.items()}
+    assert ends == {"OUT_OF_MEMORY": "oom", "FAILED": "infrastructure"}
+
+
 def test_an_outer_jobs_variables_do_not_reach_slurms_commands(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SBATCH_PARTITION", "x")
@@ -196,4 +215,4 @@ def test_a_host_without_slurm_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_runs_id_is_the_end_of_its_name():
-    assert run_id("my-night-e0042-s1-a1") == "e0042-s1-a1"
+    assert payload.run_id("my-night-e0042-s1-a1") == "e0042-s1-a1"

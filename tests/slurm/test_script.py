@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,10 @@ def test_no_secret_of_the_environment_is_in_any_text(monkeypatch: pytest.MonkeyP
     assert "SBATCH_ACCOUNT" not in commands.environment()
 
 
+def test_no_workload_key_is_sent():
+    assert "wckey" not in script.sbatch_text(PLAIN, NAME, CAMPAIGN, 600.0)
+
+
 def test_a_time_limit_is_for_the_whole_run_and_its_margin():
     assert script.minutes(600.0, 180.0) == 13
     assert script.minutes(601.0, 180.0) == 14
@@ -113,6 +118,9 @@ def test_two_campaigns_of_one_name_hold_nodes_under_two_names():
 # -- how a holder ends itself: its script is run here, with a squeue that tells of steps -----------
 
 
+SHORT = Executor(margin=0, poll_seconds=1)
+
+
 class Holder:
     def __init__(self, folder: Path, stale_s: float, idle_s: float, limit_s: float = 600.0) -> None:
         self.folder = folder
@@ -120,7 +128,7 @@ class Holder:
         (folder / "squeue").write_text(f"#!/bin/sh\ncat {folder}/steps 2>/dev/null\n")
         (folder / "squeue").chmod(0o755)
         self.count = 0
-        text = script.holder_text(Executor(margin=0), folder, limit_s, (), stale_s, idle_s)
+        text = script.holder_text(SHORT, folder, limit_s, (), stale_s, idle_s)
         self.beat()
         self.process = subprocess.Popen(
             ["bash", "-c", text],
@@ -150,9 +158,62 @@ def test_a_holder_stays_while_there_is_a_heartbeat_and_goes_when_it_is_idle(tmp_
     assert "nothing to run for 3 s" in holder.process.communicate()[0]
 
 
+def test_a_holder_without_heartbeat_ends_where_squeue_knows_of_no_steps_at_all(tmp_path: Path):
+    (tmp_path / "steps").touch()
+    holder = Holder(tmp_path, stale_s=1, idle_s=900)
+    assert holder.ended(9)
+
+
+def test_a_holder_that_is_idle_waits_for_its_steps_but_not_for_ever(tmp_path: Path):
+    (tmp_path / "steps").write_text("1.batch\n1.4\n")
+    holder = Holder(tmp_path, stale_s=900, idle_s=1, limit_s=3.0)
+    assert holder.ended(9, beating=True)
+    assert "nothing to run" in holder.process.communicate()[0]
+
+
 def test_a_holder_without_heartbeat_waits_for_its_steps_but_not_for_ever(tmp_path: Path):
     (tmp_path / "steps").write_text("1.batch\n1.4\n")
     holder = Holder(tmp_path, stale_s=1, idle_s=900, limit_s=3.0)
     assert not holder.ended(3)
     assert holder.ended(9), "a squeue that always shows steps must not keep the nodes for ever"
     assert "no heartbeat" in holder.process.communicate()[0]
+
+
+# -- the controller's own job: its script is run here, with an scontrol that fails at first --------
+
+OVERNIGHT = Path(script.__file__).with_name("overnight.sbatch")
+
+
+@pytest.mark.parametrize(("failures", "status"), [(3, 0), (99, 1)])
+def test_a_controller_that_ends_at_once_is_requeued_as_soon_as_slurm_takes_it(
+    tmp_path: Path, failures: int, status: int
+):
+    programs = {
+        "autoresearch": f"trap 'exit 0' TERM; touch {tmp_path}/up; while :; do /bin/sleep .1; done",
+        "scontrol": f'echo "$*" >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt {failures} ]',
+        "sleep": "",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    # The controller is gone before the script looks for it again.
+    slow_kill = '() { builtin kill "$@"; local s=$?; /bin/sleep 0.5; return $s; }'
+    process = subprocess.Popen(
+        ["bash", OVERNIGHT],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "BASH_FUNC_kill%%": slow_kill,
+        },
+    )
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == status, said
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["requeue 7"] * min(failures + 1, 20)
+    assert ("submit this script again" in said) == (status == 1)
