@@ -535,6 +535,9 @@ def _conflicts(config: Config) -> Iterator[str]:
         for key, common in (("constraint", "constraint"), ("gpu", "gpus")):
             if getattr(branch, key) and config.executor.kind == "allocation":
                 yield f"branches.{name}.{key}: an allocation has executor.{common}, for all"
+    named = {branch.node for branch in config.branches.values() if branch.node}
+    if config.executor.kind == "allocation" and len(named) > config.executor.nodes:
+        yield f"executor.nodes: {config.executor.nodes}, but branches want {len(named)} by name"
     if config.executor.isolation == "apptainer" and not config.executor.image:
         yield "executor.isolation: apptainer needs executor.image, the image that runs are in"
     for path, agent in _agents(config):

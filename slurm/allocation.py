@@ -97,6 +97,7 @@ class AllocationRuns:
         self._names: dict[str, tuple[str, ...]] = {}  # node list -> nodes
         self._sizes: dict[str, int] = {}  # holder -> the most nodes that it was seen with
         self._submit = Sbatch()
+        self._refused: dict[str, str] = {}  # run id -> why its branch's node cannot be held
         self._in_a_job = "SLURM_JOB_ID" in os.environ  # the controller itself
         self._closed = threading.Event()
         self._beat: threading.Thread | None = None
@@ -244,6 +245,25 @@ class AllocationRuns:
             row = Row(job, "PENDING", name=self._name)
             self._holders = [*(self._holders or []), Holder(row, (), time.monotonic())]
 
+    def _let_go(self, runs: Iterable[str], error: UserError) -> None:
+        """Of runs whose branches' own nodes are why Slurm refused a holder; the others wait on.
+
+        Raises `error` where no such node is.
+        """
+        named = [e for e in self._table if e.run in runs and not e.finished and "node" in e.place]
+        held = {entry.place["node"] for entry in named if entry.launched}
+        dropped = []
+        for entry in named:
+            nodes = held | {entry.place["node"]}
+            if len(nodes) <= self._settings.nodes and commands.is_node(entry.place["node"]):
+                held = nodes
+            elif not entry.launched:
+                dropped.append(entry.run)
+        if not dropped:
+            raise error
+        self._refused |= dict.fromkeys(dropped, str(error))
+        self._table.drop(*dropped)
+
     def _give_back_spares(self) -> None:
         """A holder has done its part once a newer one runs, or it has shrunk (the nodes that it
         still has are wanted by the next one), and its last step has ended."""
@@ -273,7 +293,10 @@ class AllocationRuns:
         for entry in self._table:
             if entry.launched is not None:
                 self._relaunch_unless_begun(entry, steps)
-        self._start_waiting(wanted)
+        try:
+            self._start_waiting(wanted)
+        except UserError as error:
+            self._let_go(wanted, error)
         self._give_back_spares()
         return {s.run: self._state(s.run, jobs, steps) for s in submissions}
 
@@ -341,6 +364,8 @@ class AllocationRuns:
         self, run: str, jobs: Mapping[str, Row], steps: Mapping[tuple[str, str], str]
     ) -> JobState:
         entry = self._table.get(run)
+        if entry is None and run in self._refused:
+            return JobState("ended", self._refused[run])
         if entry is None:
             return JobState("absent", "no such step is known")
         if entry.launched is None:

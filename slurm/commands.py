@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -176,6 +177,13 @@ def steps() -> dict[tuple[str, str], str]:
     return {(step.partition(".")[0], name): step for step, name in found}
 
 
+def is_node(name: str) -> bool:
+    """Whether Slurm has a node of this name; also where it does not answer."""
+    with contextlib.suppress(Unanswered):
+        return bool(ask(["sinfo", "--all", "-h", "-N", "-n", name, "-o", "%N"]).strip())
+    return True
+
+
 def hostnames(nodes: str) -> list[str]:
     """'n[1-2]' -> ['n1', 'n2']. Asks no daemon."""
     return ask(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
@@ -210,7 +218,7 @@ _SETTINGS = (
     (r"invalid feature|constraint", "constraint"),
     (r"reservation", "reservation"),
     (r"gres|gpus?\b|tres", "gpu_syntax or gpus"),
-    (r"node name", "exclude"),
+    (r"node name|number of nodes", "exclude or nodes, or branches.NAME.node,"),
     (r"invalid --time|time limit|MaxWall", "margin, hold_hours or the budget"),
     (r"memory|--mem\b", "memory"),
     (r"cpu|more processors", "cpus"),

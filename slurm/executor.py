@@ -13,7 +13,7 @@ from submitit import AutoExecutor
 
 from jobs import payload
 from jobs.config import Executor as Settings
-from jobs.errors import AutoresearchError, Paused
+from jobs.errors import AutoresearchError, Paused, UserError
 from jobs.model import Run, Submission
 from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
@@ -68,6 +68,7 @@ class SlurmExecutor:
         (campaign_dir / "submitit").mkdir(parents=True, exist_ok=True)
         self._waiting = Table(campaign_dir / "submitit" / "waiting.json")
         self._submit = Sbatch()
+        self._refused: dict[str, str] = {}  # run id -> why its branch's place is none
         self._accounting: tuple[float, bool] | None = None  # when probed, and whether it works
 
     def submit(
@@ -137,6 +138,8 @@ class SlurmExecutor:
             return state_of(row, self._last_words(row))
         if self._waiting.get(submission.run):
             return JobState("pending", self._submit.why)
+        if why := self._refused.get(submission.run):
+            return JobState("ended", why)
         return JobState("absent", "Slurm does not know the job any more")
 
     def _submit_waiting(self, submissions: Sequence[Submission], rows: Mapping[str, Row]) -> None:
@@ -146,8 +149,13 @@ class SlurmExecutor:
             if entry.run not in wanted:
                 continue
             known = self._job_folder(entry.name) in rows  # an sbatch without answer had succeeded
-            if not known and self._submit(functools.partial(self._sbatch, entry)) is None:
-                break
+            try:
+                if not known and self._submit(functools.partial(self._sbatch, entry)) is None:
+                    break
+            except UserError as error:
+                if not entry.place:
+                    raise
+                self._refused[entry.run] = str(error)
             self._waiting.drop(entry.run)
 
     def _job_folder(self, name: str) -> str:

@@ -132,7 +132,7 @@ def measure(root: Path, branches: int, experiments: int, slurm: bool = False) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", type=int, default=1600)
-    parser.add_argument("--jobs", type=int, default=300, help="experiments of the pass with Slurm")
+    parser.add_argument("--jobs", type=int, default=500, help="experiments of the pass with Slurm")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
         rows = [measure(Path(place) / str(n), n, asked.experiments) for n in (1, 4, 32)]

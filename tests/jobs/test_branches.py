@@ -143,6 +143,9 @@ def test_places_that_an_executor_does_not_have_are_told_at_once(make_lab: MakeLa
     lab.configure(branches={"main": {"gpu": "h100"}})
     with pytest.raises(ConfigError, match=r"branches\.main\.gpu: an allocation has executor.gpus"):
         lab.run()
+    lab.configure(branches={"a": {"node": "n1"}, "b": {"node": "n2"}})
+    with pytest.raises(ConfigError, match=r"executor\.nodes: 1, but branches want 2 by name"):
+        lab.run()
 
 
 # -- their own troubles ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import trivial
 from jobs.config import Executor
 from jobs.errors import AutoresearchError
 from jobs.model import Budget, Run, Submission, to_json
+from jobs.submission import ANYWHERE
 
 
 class Driver:
@@ -29,13 +31,21 @@ class Driver:
         self.executor = Kind(settings, self.folder, work=trivial.run)
         self.submissions: dict[str, Submission] = {}
 
-    def submit(self, run: str, limit_s: float = 30.0, avoid: list[str] = [], **work: Any) -> Any:  # noqa: B006
+    def submit(
+        self,
+        run: str,
+        limit_s: float = 30.0,
+        avoid: Sequence[str] = (),
+        place: Mapping[str, str] = ANYWHERE,
+        **work: Any,
+    ) -> Any:
         experiment, seed, attempt = run.split("-")
         value = Run(experiment, int(seed[1:]), int(attempt[1:]), Budget("wall", 1), "cpu")
         folder = self.folder / "runs" / value.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "work.json").write_text(json.dumps(work))
-        submission = self.executor.submit(value, f"night-{run}", folder, limit_s, frozenset(avoid))
+        asked = (limit_s, frozenset(avoid), place)
+        submission = self.executor.submit(value, f"night-{run}", folder, *asked)
         self.submissions[run] = submission
         return to_json(submission)
 

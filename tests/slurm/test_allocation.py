@@ -261,6 +261,17 @@ def test_refused_settings_are_told_and_nothing_waits(controller):
     assert night("adopt", "e0001-s1-a1") == []
 
 
+def test_runs_are_on_the_nodes_that_they_name_and_one_that_names_none_that_is_ends(controller):
+    night = controller("allocation", settings={"nodes": 2, "slots": 2, "hold_hours": 0.5})
+    first, second, lost = runs(3)
+    night("submit", first, place={"node": "n4"}, sleep=8)
+    night("submit", second, place={"node": "n2"}, sleep=1)
+    night("submit", lost, place={"node": "nowhere9"})
+    assert "Invalid node name" in night.until(lost, "ended", 90)["reason"]
+    wait_for(lambda: night("survey") and night.finished(first) and night.finished(second), 90)
+    assert [night.claim(run)["node"] for run in (first, second)] == ["n4", "n2"]
+
+
 def test_at_the_end_the_nodes_are_given_back_unless_a_run_is_under_way(controller):
     night = controller("allocation", settings=ONE_NODE)
     night("submit", "e0001-s1-a1", sleep=4)

@@ -68,7 +68,7 @@ class Lab(toylab.Lab):
             extra_groups=os.getgrouplist(USER, user.pw_gid),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ import pytest
 from submitit.core import plugins
 
 from jobs.config import Executor
+from jobs.errors import UserError
 from jobs.model import Budget, Run, Submission
 from slurm import script
 from slurm.allocation import AllocationRuns
@@ -55,9 +56,11 @@ def make(
         executor.close()
 
 
-def submit(executor: SlurmExecutor | AllocationRuns, tmp_path: Path, number: int) -> Submission:
+def submit(
+    executor: SlurmExecutor | AllocationRuns, tmp_path: Path, number: int, **place: str
+) -> Submission:
     run = Run(f"e{number:04d}", 1, 1, Budget("wall", 1), "cpu")
-    return executor.submit(run, f"night-{run.id}", tmp_path / run.id, 60.0)
+    return executor.submit(run, f"night-{run.id}", tmp_path / run.id, 60.0, frozenset(), place)
 
 
 def calls(tmp_path: Path, name: str) -> int:
@@ -122,3 +125,57 @@ def test_a_limit_of_the_group_passes_while_the_holder_runs_that_has_the_share(
     assert states is not None
     assert "AssocGrpGRES" in states[submission.run].reason
     assert states[submission.run].permanent is not running
+
+
+REFUSED = "echo 'sbatch: error: Batch job submission failed: Invalid node name specified' >&2"
+
+
+@pytest.mark.parametrize("kind", [SlurmExecutor, AllocationRuns])
+def test_a_node_that_slurm_refuses_later_ends_the_runs_of_its_branch_alone(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns],
+    program: Program,
+    tmp_path: Path,
+    kind: Kind,
+) -> None:
+    executor = make(kind)
+    submissions = [
+        submit(executor, tmp_path, 1, node="nowhere9"),
+        submit(executor, tmp_path, 2, node="n1"),
+        submit(executor, tmp_path, 3),
+    ]
+    program("sbatch", f"if grep -q nowhere9; then {REFUSED}; exit 1; fi; echo 7")
+    program("sinfo", """case "$*" in *"-n n1 "*) echo n1;; esac""")
+    for _ in range(2):
+        states = executor.survey(submissions)
+    assert states is not None
+    lost, *others = (states[submission.run] for submission in submissions)
+    assert lost.phase == "ended"
+    assert "Invalid node name specified. See executor.exclude or" in lost.reason
+    assert "branches.NAME.node" in lost.reason
+    assert {state.phase for state in others} <= {"pending", "absent"}
+    assert calls(tmp_path, "sbatch") >= 2
+
+
+def test_more_named_nodes_than_are_held_end_the_later_ones_runs(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
+) -> None:
+    executor = make(AllocationRuns)
+    submissions = [submit(executor, tmp_path, number, node=f"n{number}") for number in (1, 2)]
+    why = "echo 'sbatch: error: invalid number of nodes (-N 2-1)' >&2"
+    program("sbatch", f"if grep -q n1,n2; then {why}; exit 1; fi; echo 7")
+    program("sinfo", "echo n1")
+    states = executor.survey(submissions)
+    assert states is not None
+    assert [states[submission.run].phase for submission in submissions] == ["pending", "ended"]
+    assert "executor.exclude or nodes" in states[submissions[1].run].reason
+
+
+def test_a_refusal_that_no_node_is_the_reason_of_is_raised(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
+) -> None:
+    executor = make(AllocationRuns)
+    submissions = [submit(executor, tmp_path, 1, node="n1")]
+    program("sbatch", "echo 'sbatch: error: invalid partition specified' >&2; exit 1")
+    program("sinfo", "echo n1")
+    with pytest.raises(UserError, match="invalid partition"):
+        executor.survey(submissions)

@@ -7,11 +7,16 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import interpreter, slurm
 from test_campaign import Lab, edits
+from test_trainer import TrainerLab, check, image
 
+from containers.images import Image
+
+__all__ = ["image"]  # a fixture
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
@@ -28,11 +33,11 @@ def decided(night: Lab) -> int:
     return len(night.events("decided")) if (night.folder / "ledger.jsonl").exists() else 0
 
 
-def killed(night: Lab, times: int) -> Iterator[int]:
+def killed(night: Lab, times: int, patience_s: float) -> Iterator[int]:
     """Start the controller, kill it after some more decisions; yields how often that was done."""
     for count in range(1, times + 1):
         process, before = night.start(), decided(night)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience_s
         while decided(night) < before + 3 and process.poll() is None:
             assert time.monotonic() < deadline, "nothing was decided"
             time.sleep(0.1)
@@ -42,15 +47,16 @@ def killed(night: Lab, times: int) -> Iterator[int]:
         yield count
 
 
-def test_four_branches_on_four_nodes_through_ten_kills(home: Path, nodes: list[str]) -> None:
-    scripts = {f"b{n}": edits(9, nap=1.0, branch=n) for n in range(1, 5)}
-    night = Lab(home / "lab", "slurm", scripts=scripts, executor={"slots": 8})
+def through_ten_kills(night: Lab, nodes: list[str], patience_s: float) -> None:
+    """Four branches with programs and nodes of their own; `patience_s`: for some decisions."""
     branches = night.settings["branches"]
-    for (name, branch), node in zip(branches.items(), nodes, strict=True):
+    for number, (name, node) in enumerate(zip(branches, nodes, strict=True)):
         night.write(f"{name}.md", f"Lower the loss, as {name}.\n")
-        branch |= {"program": f"{name}.md", "node": node, "slots": 2}
-    night.configure(branches=branches)
-    for count in killed(night, 10):
+        branches[name] = {"agent": {"seed": number}} | branches[name]
+        branches[name] |= {"program": f"{name}.md", "node": node, "slots": 2}
+    night.configure(branches=branches, limits={})
+    night.hand_over()
+    for count in killed(night, 10, patience_s):
         if count == 1:
             autoresearch(night, "branch", "pause", "b1")
         if count == 2:
@@ -60,7 +66,7 @@ def test_four_branches_on_four_nodes_through_ten_kills(home: Path, nodes: list[s
             autoresearch(night, "branch", "resume", "b1")
             autoresearch(night, "branch", "retire", "b3")
     night.configure(limits={"experiments": 48})
-    said, _ = (process := night.start()).communicate(timeout=240)
+    said, _ = (process := night.start()).communicate(timeout=4 * patience_s)
     assert process.returncode == 0, said
     assert decided(night) >= 40
     night.check_books()
@@ -70,21 +76,75 @@ def test_four_branches_on_four_nodes_through_ten_kills(home: Path, nodes: list[s
         assert result["node"] == places[result["facts"]["branch"]], result
     told = {row["branch"]: row for row in json.loads(autoresearch(night, "compare", "--json"))}
     assert [told[name]["state"] for name in ("b1", "b3")] == ["active", "retired"]
+    assert [told[name]["program"] for name in branches] == [f"{name}.md" for name in branches]
     assert told["b5"]["researcher"] == "sweep"
-    assert all(told[name]["gain"] > 0 for name in ("b1", "b2", "b4"))
     assert [event["text"] for event in night.events("told")] == ["smaller steps"]
+    assert asked(night, "b1", "branch_paused", "branch_resumed") == []
+    assert asked(night, "b3", "branch_retired") == []
+
+
+def asked(night: Lab, branch: str, since: str, until: str = "") -> list[Any]:
+    """What was begun on a branch between two events of it (to the ledger's end)."""
+    lines = (night.folder / "ledger.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if branch in (event.get("branch"),
+              (event.get("experiment") or {}).get("branch"))]  # fmt: skip
+    kinds = [event["event"] for event in events]
+    between = events[kinds.index(since) : kinds.index(until) if until else None]
+    # what was asked for before may still be answered
+    return [
+        e for e in between if e["event"] == "proposal_requested" or e.get("proposal", 1) is None
+    ]
+
+
+def test_four_branches_on_four_nodes_through_ten_kills(home: Path, nodes: list[str]) -> None:
+    scripts = {f"b{n}": edits(9, nap=1.0, branch=n) for n in range(1, 5)}
+    night = Lab(home / "lab", "slurm", scripts=scripts, executor={"slots": 8})
+    through_ten_kills(night, nodes, patience_s=60)
+    told = {row["branch"]: row for row in json.loads(autoresearch(night, "compare", "--json"))}
+    assert all(told[name]["gain"] > 0 for name in ("b1", "b2", "b4"))
     again = autoresearch(night, "reproduce", "b2", "--executor", "slurm")
     assert "reproduced: identical" in again
 
 
-def test_a_node_that_does_not_exist_pauses_its_branch_alone(home: Path, nodes: list[str]) -> None:
-    night = Lab(home / "lab", "slurm", scripts={"lost": [], "main": edits(2)})
+@pytest.mark.proof
+@pytest.mark.timeout(5400)
+def test_four_branches_of_trainings_through_ten_kills(
+    home: Path, nodes: list[str], image: Image
+) -> None:
+    night = TrainerLab(home / "lab", "slurm", image, branches=4, each=9)
+    through_ten_kills(night, nodes, patience_s=600)
+    check(night, decided(night))
+    assert "reproduced" in autoresearch(night, "reproduce", "b2", "--executor", "slurm")
+
+
+def test_an_allocation_holds_the_nodes_that_branches_name(home: Path, nodes: list[str]) -> None:
+    scripts = {f"b{n}": edits(2, branch=n) for n in (1, 2)}
+    executor = {"nodes": 2, "slots": 2}
+    night = Lab(home / "lab", "allocation", scripts=scripts, executor=executor)
+    branches = night.settings["branches"]
+    places = {"b1": nodes[3], "b2": nodes[1]}
+    night.configure(branches={k: branch | {"node": places[k]} for k, branch in branches.items()})
+    said, _ = (process := night.start()).communicate(timeout=120)
+    assert process.returncode == 0, said
+    found = {(result["facts"]["branch"], result["node"]) for result in night.results()}
+    assert found == set(places.items())
+    assert decided(night) == 6
+    night.check_books()
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_a_node_that_does_not_exist_pauses_its_branch_alone(
+    home: Path, nodes: list[str], kind: str
+) -> None:
+    scripts = {"main": edits(2), "lost": []}
+    night = Lab(home / "lab", kind, scripts=scripts, executor={"nodes": 1, "slots": 2})
     branches = night.settings["branches"]
     branches["lost"]["node"] = "nowhere9"
     night.configure(branches=branches)
-    said, _ = (process := night.start()).communicate(timeout=120)
+    said, _ = (process := night.start()).communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "lost is paused: its baseline e0001 has no score" in said
+    assert "lost is paused: its baseline e0002 has no score" in said
+    assert "Invalid node name" in said
     state = json.loads(autoresearch(night, "status", "--json"))
     assert state["branches"]["lost"]["paused"]
     assert state["branches"]["main"]["kept"] == 3
