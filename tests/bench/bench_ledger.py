@@ -110,7 +110,7 @@ def _until_the_end(state: history.State, i: int) -> list[tuple[str, dict[str, An
 
 
 _OPEN = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
 began = time.perf_counter()
 from jobs import snapshot
@@ -121,7 +121,9 @@ if len(sys.argv) > 2:
     snapshot.save(Path(sys.argv[1]), state, tail.offset)
     print(time.perf_counter() - began, end=" ")
 assert sum(b.experiments for b in state.branches.values()) == len(state.records)
-print(spent, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# Not ru_maxrss: that outlives exec, and would be the memory of whoever started this.
+peak_kb = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+print(spent, cpu, int(peak_kb) / 1024)
 """
 
 
