@@ -268,7 +268,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     else:
         findings = doctor.examine(config, root)
         if arguments.job and config.executor.kind != "local":
-            findings += doctor.ask_nodes(config, root, Screen(sys.stderr).show)
+            screen = Screen(sys.stderr)
+            findings += doctor.ask_nodes(config, root, screen.show)
+            screen.say("")
     if arguments.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:

@@ -30,11 +30,11 @@ def findings(executor: Executor, image: str | None) -> list[Finding]:
         python, given = command.PYTHON, {"PYTHONPATH": command.SEALED, "HOME": "/tmp"}
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         given["CUDA_VISIBLE_DEVICES"] = visible  # --containall drops it
-    variables = ["/usr/bin/env", "USER=autoresearch", *(f"{k}={v}" for k, v in given.items())]
+    given |= {"USER": "autoresearch", "PYTHONSAFEPATH": "1"}
+    argv = [*prefix, "/usr/bin/env", *(f"{k}={v}" for k, v in given.items()), python, "-c"]
     probe = (lab.PROJECT / "containers" / "probe.py").read_text()
-    said, failed = output(
-        [*prefix, *variables, python, "-P", "-c", probe], (lab.TRAINER / "train.py").read_text()
-    )
+    program = (lab.TRAINER / "train.py").read_text()
+    said, failed = output([*argv, probe], program, PROBE_S)
     if failed:
         remedy = "pip install 'autoresearch-hpc[trainer]' for executor.python, or executor.image"
         return [Finding("torch", "failure", f"train.py does not start: {said[-400:]}", remedy)]
@@ -86,11 +86,11 @@ def compiler(told: Mapping[str, Any]) -> Finding:
     return Finding.of("compiler", why or "torch.compile has one", warning=(why, remedy))
 
 
-def output(argv: Sequence[str], given: str = "") -> tuple[str, bool]:
+def output(argv: Sequence[str], given: str = "", limit_s: float = 20.0) -> tuple[str, bool]:
     """What a command prints, or where it fails its words and True."""
     try:
         done = subprocess.run(
-            argv, input=given, capture_output=True, text=True, timeout=PROBE_S, check=False
+            argv, input=given, capture_output=True, text=True, timeout=limit_s, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error), True

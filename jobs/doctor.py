@@ -59,7 +59,7 @@ def examine(settings: Config, root: Path) -> list[Finding]:
         limit_s = materialise.wall_limit_s(settings, ceiling)
         places = [_place(branch) for branch in settings.branches.values()]
         found += trial.settings(executor, directory, limit_s, places)
-    elif settings.task.kind == "nanochat":
+    elif settings.task.kind == "nanochat" and (path or not executor.image):
         found += device.findings(executor, path)
     return found
 
@@ -247,7 +247,7 @@ def researcher(agent: Agent) -> Finding:
         return Finding.of("researcher", f"the command {program}", failure=(missing, remedy))
     if agent.kind != "anthropic" or agent.provider != "anthropic":
         paid = f"anthropic by {agent.provider}, by its own credentials: not asked"
-        free = f"{agent.kind}, which needs no API and no key"
+        free = f"{agent.kind} proposes, which needs no API and no key"
         return Finding("researcher", "ok", paid if agent.kind == "anthropic" else free)
     from agent import api, keys
 

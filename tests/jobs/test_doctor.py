@@ -234,12 +234,13 @@ def test_data_and_image_that_are_missing_are_told_with_the_command(make_lab, ask
     del lab.settings["task"]
     lab.configure(
         data={"corpus": "climbmix", "folder": str(tmp_path / "data")},
-        executor={"image": "night", "images": str(tmp_path / "images"), "python": "false"},
+        executor={"image": "night", "images": str(tmp_path / "images")},
     )
     status, told = asked(lab.root)
     assert status == 1
     assert "autoresearch prepare" in told["data"]["seen"]
     assert "autoresearch image build" in told["image"]["seen"]
+    assert "attention" not in told  # the host's torch says nothing about the image
 
 
 def test_without_a_campaign_yaml_the_defaults_are_checked(tmp_path, asked):
