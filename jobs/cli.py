@@ -266,11 +266,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     except UserError as error:
         findings = [Finding("settings", "failure", str(error), "Mend it, and ask again")]
     else:
-        findings = doctor.examine(config, root)
-        if arguments.job and config.executor.kind != "local":
-            screen = Screen(sys.stderr)
-            findings += doctor.ask_nodes(config, root, screen.show)
-            screen.say("")
+        screen = Screen(sys.stderr)
+        findings = doctor.examine(config, root, screen.show if arguments.job else None)
+        if arguments.job:
+            screen.say("")  # the progress goes
     if arguments.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:

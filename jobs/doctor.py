@@ -1,7 +1,7 @@
 """`autoresearch doctor`: whether a campaign can start, each check with what was seen and a remedy.
 
-`examine` looks from here, in seconds; `ask_nodes` sends jobs that look from a node (this module,
-run there as a program) and brings back what they found. Nothing is changed.
+`examine` looks from here, in seconds, and may send jobs that look from a node (this module, run
+there as a program) and bring back what they found. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs import campaign, config, device, lab, materialise
 from jobs.config import Agent, Config, Data
 from jobs.errors import AutoresearchError, UserError
+from jobs.history import State
 from jobs.model import Finding, to_json
 from jobs.repository import IDENTITY, Repository
 
@@ -36,8 +38,10 @@ RUN_MB, RUN_FILES = 2.0, 25.0  # what a run leaves, where the campaign has none 
 WORDS = "Do what that says, then ask again"
 
 
-def examine(settings: Config, root: Path) -> list[Finding]:
-    """What can be seen from here; with executor.kind local that is everything."""
+def examine(
+    settings: Config, root: Path, show: Callable[[str], None] | None = None
+) -> list[Finding]:
+    """What can be seen from here and, where `show` is to tell the progress of jobs, from nodes."""
     executor, directory = settings.executor, campaign.folder(settings, root)
     local, path = executor.kind == "local", None
     found = [_git(settings, root), *_storage(settings, root)]
@@ -55,16 +59,19 @@ def examine(settings: Config, root: Path) -> list[Finding]:
     if not local:
         from slurm import trial
 
-        ceiling = materialise.FIRST_CEILING_S if settings.budget.tokens else None
+        ceiling = materialise.feed_ceiling_s(State(), settings, "")
         limit_s = materialise.wall_limit_s(settings, ceiling)
         places = [_place(branch) for branch in settings.branches.values()]
         found += trial.settings(executor, directory, limit_s, places)
+        found += _nodes(settings, root, path, show) if show else []
     elif settings.task.kind == "nanochat" and (path or not executor.image):
         found += device.findings(executor, path)
     return found
 
 
-def ask_nodes(settings: Config, root: Path, show: Callable[[str], None]) -> list[Finding]:
+def _nodes(
+    settings: Config, root: Path, image: str | None, show: Callable[[str], None]
+) -> list[Finding]:
     """What jobs find: one with the settings of a run, one with those of slurm/overnight.sbatch."""
     from slurm import trial
 
@@ -74,7 +81,9 @@ def ask_nodes(settings: Config, root: Path, show: Callable[[str], None]) -> list
         with tempfile.TemporaryDirectory(
             prefix=".doctor-", dir=folder, ignore_cleanup_errors=True
         ) as made:
-            asked = {"config": config.to_dict(settings), "root": str(root), "part": part}
+            # The image as a path: the node needs no store, as with runs.
+            asked: dict[str, Any] = {"root": str(root), "part": part, "image": image}
+            asked["config"] = config.to_dict(settings)
             Path(made, "asked.json").write_text(json.dumps(asked))
             text = text_of(settings.executor, Path(made), [*_python("jobs.doctor"), made])
             try:
@@ -293,10 +302,9 @@ def main(folder: Path) -> None:
         found += [researcher(agent) for agent in _agents(settings)]
         found.append(trial.taken(trial.run_text(executor, folder, ["true"])))
     else:
-        path = _image(settings) if executor.image else None
-        if path:
+        if path := asked["image"]:
             found += machine.examine(path, executor.allow_network, building=False)
-        if settings.task.kind == "nanochat" and can_start(found):
+        if settings.task.kind == "nanochat" and can_start(found) and (path or not executor.image):
             found += device.findings(executor, path)
     trial.write(folder / "findings.json", json.dumps(to_json(found)))
 

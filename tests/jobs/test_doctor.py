@@ -14,6 +14,7 @@ import pytest
 from toylab import Lab, change
 
 from jobs import cli, config, doctor
+from slurm import trial
 
 KEY = "sk-ant-test-0123456789abcdef"
 
@@ -241,6 +242,20 @@ def test_data_and_image_that_are_missing_are_told_with_the_command(make_lab, ask
     assert "autoresearch prepare" in told["data"]["seen"]
     assert "autoresearch image build" in told["image"]["seen"]
     assert "attention" not in told  # the host's torch says nothing about the image
+
+
+@pytest.mark.parametrize(("scale", "seconds"), [("cpu", 3600), ("h100", 300)])
+def test_slurm_is_asked_for_the_time_that_a_first_run_may_take(
+    tmp_path, monkeypatch, scale, seconds
+):
+    asked = []
+    monkeypatch.setattr(trial, "settings", lambda *told: asked.append(told) or [])
+    settings = {"executor": {"kind": "slurm"}, "data": {"scale": scale}}
+    settings["branches"] = {"a": {"node": "n1"}, "b": {}}
+    doctor.examine(config.parse(settings), tmp_path)
+    ((_, _, limit_s, places),) = asked
+    assert seconds < limit_s < seconds + 3600
+    assert places == [{"node": "n1"}, {}]
 
 
 def test_without_a_campaign_yaml_the_defaults_are_checked(tmp_path, asked):
