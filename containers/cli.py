@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from containers import build, doctor, images, remote
+from containers import build, images, remote
 from containers.apptainer import ImageError
 from containers.images import Image
 
@@ -45,8 +45,6 @@ def add_parser(subparsers: Any) -> None:
     one.add_argument("--tag", required=True, help="what it is called here")
     verb("push", "send an image to a registry, and record its digest there", "image", "address")
     verb("tag", "let NEW mean this image", "image", "new")
-    one = verb("doctor", "what stands in Apptainer's way on this machine")
-    one.add_argument("--image", help="an image to try as well")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ImageError(f"image {args.verb} failed: {error}") from error
     print(json.dumps(value, indent=1) if args.json else text)
-    return int(args.verb == "doctor" and any(item["status"] == "failure" for item in value))
+    return 0
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
@@ -130,16 +128,6 @@ def _tag(args: argparse.Namespace) -> tuple[Any, str]:
     )
 
 
-def _doctor(args: argparse.Namespace) -> tuple[Any, str]:
-    path = images.find(args.store, args.image).path if args.image else None
-    findings = doctor.examine(path)
-    lines = [
-        f"{f.status:8}{f.check}: {f.seen}" + (f"\n        -> {f.remedy}" if f.remedy else "")
-        for f in findings
-    ]
-    return [dataclasses.asdict(finding) for finding in findings], "\n".join(lines)
-
-
 _VERBS = {
     "build": _build,
     "list": _list,
@@ -148,7 +136,6 @@ _VERBS = {
     "pull": _pull,
     "push": _push,
     "tag": _tag,
-    "doctor": _doctor,
 }
 
 

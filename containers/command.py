@@ -68,6 +68,11 @@ def referee_template(image: str, *, network: bool = False) -> tuple[str, ...]:
     return _template(image, _roles(REFEREE_ROLES), False, network, start)
 
 
+def bare(image: str, *, gpu: bool = False, network: bool = False) -> list[str]:
+    """A run's container without its folders, in front of a command: what doctor tries."""
+    return list(_template(image, (), gpu, network, ()))
+
+
 def plain(image: str, command: Sequence[str]) -> list[str]:
     """Run a command in an image by itself: nothing of the host but its network, nothing to keep."""
     start = ("apptainer", "--quiet", "exec", "--containall", "--cleanenv", "--no-home")

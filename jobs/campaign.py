@@ -53,7 +53,7 @@ def site(config: Config, root: Path) -> materialise.Site:
     data = None
     if config.task.kind == "nanochat":
         data = data_folder(config)
-        facts["data_manifest_sha256"] = hashlib.sha256(_manifest(data, config)).hexdigest()
+        facts["data_manifest_sha256"] = hashlib.sha256(manifest(config)).hexdigest()
     directory = folder(config, root)
     made = materialise.Site(config, directory, data, facts, caches=directory / "heads")
     if config.executor.image:
@@ -74,13 +74,13 @@ def records(common: materialise.Site) -> dict[str, bytes]:
     return kept
 
 
-def _manifest(data: Path, config: Config) -> bytes:
+def manifest(config: Config) -> bytes:
     """manifest.json of prepared data, all of whose files are there in their full size.
 
     Raises:
         UserError: they are not.
     """
-    wanted = f"corpus {config.data.corpus}, scale {config.data.scale}"
+    data, wanted = data_folder(config), f"corpus {config.data.corpus}, scale {config.data.scale}"
     try:
         manifest = (data / "manifest.json").read_bytes()
     except FileNotFoundError:

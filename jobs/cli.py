@@ -90,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--detuned", action="store_true", help="begin from two constants made worse")
     one.add_argument("--folder", type=Path, help="its lab (default: autoresearch-demo)")
     one.add_argument("--experiments", type=int, help="experiments beside the baseline")
+    one = add("doctor", "whether a campaign can start, each check with its remedy", asking)
+    one.add_argument("--job", action="store_true", help="from nodes, too, by two short jobs")
     _branch_options(add, looking)
     add("compare", "branches side by side: what each tried, found, and cost", asking)
     _again_options(add, looking, asking)
@@ -251,6 +253,28 @@ def _once(arguments: argparse.Namespace) -> int:
         )
         print(f"{result['status']}: {value}. {result['reason']}")
     return 0 if result["status"] == "ok" else 1
+
+
+@command
+def doctor(arguments: argparse.Namespace) -> int:
+    from jobs import doctor
+    from jobs.model import Finding
+
+    root = _root(arguments)
+    try:
+        config = _config(arguments) if arguments.config.exists() else _defaults()
+    except UserError as error:
+        findings = [Finding("settings", "failure", str(error), "Mend it, and ask again")]
+    else:
+        screen = Screen(sys.stderr)
+        findings = doctor.examine(config, root, screen.show if arguments.job else None)
+        if arguments.job:
+            screen.say("")  # the progress goes
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        print(doctor.text(findings))
+    return 0 if doctor.can_start(findings) else 1
 
 
 @command

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from jobs.errors import AutoresearchError
+
 # Open enums: a reader meets values it does not know with respect, and treats an unknown status as
 # "not ok" and an unknown verdict as "not a keep".
 RunStatus = Literal["ok", "crash", "timeout", "oom", "invalid", "quarantine", "infrastructure"]
@@ -34,6 +36,32 @@ class Usage:
     dollars: float = 0.0
     estimated: bool = False  # a reply broke off: booked at its upper bound
     thinking_tokens: int = 0  # those of the output that were thought
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of `autoresearch doctor`: what was seen and, unless it is ok, what to do."""
+
+    check: str
+    status: Literal["ok", "warning", "failure"]
+    seen: str
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, check: str, seen: str, **worries: tuple[object, str]) -> Finding:
+        """`failure` and `warning`: whether it is one, and then what to do; the first that holds."""
+        for status, (holds, remedy) in worries.items():
+            if holds:
+                return cls(check, status, seen, remedy)  # type: ignore[arg-type]
+        return cls(check, "ok", seen)
+
+    @classmethod
+    def attempt(cls, check: str, act: Callable[[], str], remedy: str) -> Finding:
+        """What `act` saw, or the words of the error that it raised."""
+        try:
+            return cls(check, "ok", act())
+        except AutoresearchError as error:
+            return cls(check, "failure", str(error), remedy)
 
 
 @dataclass(frozen=True)

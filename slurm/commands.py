@@ -91,10 +91,10 @@ def ask(argv: Sequence[str], stdin: str | None = None, timeout_s: float = TIMEOU
     return done.stdout
 
 
-def sbatch(script: str) -> str:
+def sbatch(script: str, *options: str) -> str:
     """Submit a job; its id. Raises Busy, Unanswered or UserError, as `refusal` tells them apart."""
     try:
-        said = ask(["sbatch", "--parsable"], script, SUBMIT_S)
+        said = ask(["sbatch", "--parsable", *options], script, SUBMIT_S)
     except Unanswered as error:
         raise refusal(re.sub("sbatch: (error: )?", "", str(error))) from None
     return said.split(";")[0].strip()

@@ -230,8 +230,11 @@ def test_a_second_user_runs_from_an_image_and_data_that_only_a_group_may_read(
 
 
 def test_doctor_starts_a_container_as_a_run_has_it(cpu_image: Image, someone: Person):
-    store = Path(cpu_image.path).parent
-    argv = ["doctor", "--store", store, "--image", cpu_image.sha256, "--json"]
-    told = python_as(someone.name, "-m", "jobs.cli", "image", *argv)
-    last = json.loads(told.stdout)[-1]
-    assert (last["check"], last["status"]) == ("container", "ok"), last
+    executor = {"image": cpu_image.sha256, "images": str(Path(cpu_image.path).parent)}
+    settings = someone.folder / "campaign.yaml"
+    settings.write_text(json.dumps({"executor": executor}))
+    argv = ["doctor", "--config", settings, "--json"]
+    done = python_as(someone.name, "-m", "jobs.cli", *argv, check=False)  # no repository there
+    told = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert told["container"]["status"] == "ok", told["container"]
+    assert "sdpa works" in told["attention"]["seen"], told["attention"]

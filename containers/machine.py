@@ -8,39 +8,45 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from containers import command
+from jobs.model import Finding
 
 NETWORK_FILESYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "fuse.")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One check: what was seen and, unless it is ok, what to do."""
+def examine(
+    image: str | None = None, network: bool = False, building: bool = True
+) -> list[Finding]:
+    """What running images needs and, with `building`, what building them needs.
 
-    check: str
-    status: Literal["ok", "warning", "failure"]
-    seen: str
-    remedy: str = ""
-
-
-def examine(image: str | None = None) -> list[Finding]:
-    """All checks that need no job. With `image` (a SIF), a container is started as for a run."""
-    findings = [check() for check in _CHECKS]
-    if image and not any(finding.status == "failure" for finding in findings):
-        findings.append(isolation(image))
+    Args:
+        image: a SIF, of which a container is started as for a run.
+        network: as executor.allow_network has it.
+    """
+    findings = [check() for check in (*_RUNNING, *(_BUILDING if building else ()))]
+    if image and findings[0].status != "failure":
+        tried = isolation(image, network)
+        if tried.status != "failure":  # a setuid installation does without
+            findings = [_optional(f) if f.check == "user namespaces" else f for f in findings]
+        findings.append(tried)
     return findings
+
+
+def _optional(finding: Finding) -> Finding:
+    if finding.status == "ok":
+        return finding
+    remedy = f"None where executor.allow_network: true will do. {finding.remedy}"
+    return Finding(finding.check, "warning", finding.seen, remedy)
 
 
 def programs() -> Finding:
     """apptainer, and the name that spython calls it by."""
     if not shutil.which("apptainer"):
         remedy = (
-            "Load the site's module (site.modules). On a machine of your own: the project's "
-            "releases, EPEL or conda-forge. Sites that have it on compute nodes only: doctor --job"
+            "Load the site's module (for runs: executor.setup). On a machine of your own: the "
+            "project's releases, EPEL or conda-forge. Only on compute nodes: doctor --job"
         )
         return Finding("apptainer", "failure", "no program apptainer on PATH", remedy)
     version = _output(["apptainer", "--version"])
@@ -118,20 +124,30 @@ def temporary_folder() -> Finding:
     return Finding("APPTAINER_TMPDIR", "ok", seen)
 
 
-def isolation(image: str) -> Finding:
+def isolation(image: str, network: bool = False) -> Finding:
     """A container as a run has it: no network. A setuid installation refuses that to users."""
-    probe = "import socket; print(*(name for _, name in socket.if_nameindex()))"
-    prefix = [part for part in command.referee_template(image) if "{" not in part]
-    argv = [*prefix, command.PYTHON, "-c", probe]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and done.stdout.split() == ["lo"]:
+    started, seen = _interfaces(image, network=False)
+    if started and seen == "lo":
         return Finding("container", "ok", "starts, with no network but lo")
-    seen = (done.stderr or done.stdout).strip()[-300:] or f"exit status {done.returncode}"
-    remedy = (
-        "If --net is refused: a setuid installation; ask for one without, or allow the network "
-        "explicitly in the site's settings (every result then says so)"
-    )
+    if not _interfaces(image, network=True)[0]:
+        remedy = "See that `apptainer exec` works here; autoresearch image verify tries the image"
+        return Finding("container", "failure", seen, remedy)
+    seen = f"starts, but not without the host's network: {seen}"
+    remedy = "Ask for an Apptainer that is not setuid, and user namespaces"
+    if network:
+        return Finding("container", "warning", seen, f"{remedy}; every result says so till then")
+    remedy = f"executor.allow_network: true, and every result says so. Better: {remedy}"
     return Finding("container", "failure", seen, remedy)
+
+
+def _interfaces(image: str, network: bool) -> tuple[bool, str]:
+    """Whether a container starts, and its network interfaces or why it does not."""
+    probe = "import socket; print(*(name for _, name in socket.if_nameindex()))"
+    argv = [*command.bare(image, network=network), command.PYTHON, "-c", probe]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return True, done.stdout.strip()
+    return False, (done.stderr or done.stdout).strip()[-300:] or f"exit status {done.returncode}"
 
 
 def filesystem(folder: str, mounts: str) -> str:
@@ -146,9 +162,8 @@ def filesystem(folder: str, mounts: str) -> str:
     return kind
 
 
-_CHECKS: tuple[Callable[[], Finding], ...] = (
-    *(programs, fuse, squashfuse, user_namespaces, subuid, temporary_folder),
-)
+_RUNNING: tuple[Callable[[], Finding], ...] = (programs, fuse, squashfuse, user_namespaces)
+_BUILDING: tuple[Callable[[], Finding], ...] = (subuid, temporary_folder)
 
 
 def _has_range(file: str, user: str) -> bool:

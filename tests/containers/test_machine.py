@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from containers import apptainer, doctor
+from containers import apptainer, machine
 from containers.apptainer import ImageError
 
 MOUNTS = """\
@@ -31,12 +31,12 @@ def test_the_file_system_of_a_folder_is_that_of_its_deepest_mount():
         "/home/u/big work/d": "lustre",
         "/homeless": "ext4",
     }
-    assert {path: doctor.filesystem(path, MOUNTS) for path in kinds} == kinds
+    assert {path: machine.filesystem(path, MOUNTS) for path in kinds} == kinds
 
 
 def test_a_machine_without_apptainer_is_told_where_it_comes_from(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = doctor.programs()
+    finding = machine.programs()
     assert finding.status == "failure"
     assert "module" in finding.remedy
 
@@ -44,14 +44,14 @@ def test_a_machine_without_apptainer_is_told_where_it_comes_from(tmp_path: Path,
 def test_a_missing_link_named_singularity_is_a_warning_with_the_command(tmp_path, monkeypatch):
     program(tmp_path, "apptainer", "echo apptainer version 1.4.5")
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = doctor.programs()
+    finding = machine.programs()
     assert (finding.status, finding.seen) == (
         "warning",
         "apptainer version 1.4.5; no link 'singularity'",
     )
     assert "ln -s apptainer singularity" in finding.remedy
     program(tmp_path, "singularity")
-    assert doctor.programs().status == "ok"
+    assert machine.programs().status == "ok"
 
 
 def test_user_namespaces_refused_by_the_kernel_are_a_failure_with_the_sysctls(
@@ -59,7 +59,7 @@ def test_user_namespaces_refused_by_the_kernel_are_a_failure_with_the_sysctls(
 ):
     program(tmp_path, "unshare", "echo Operation not permitted >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = doctor.user_namespaces()
+    finding = machine.user_namespaces()
     assert finding.status == "failure"
     assert "Operation not permitted" in finding.seen
     assert "user.max_user_namespaces" in finding.remedy
@@ -68,18 +68,44 @@ def test_user_namespaces_refused_by_the_kernel_are_a_failure_with_the_sysctls(
 def test_the_slow_squashfuse_alone_is_a_warning(tmp_path, monkeypatch):
     program(tmp_path, "squashfuse")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "slow" in doctor.squashfuse().seen
+    assert "slow" in machine.squashfuse().seen
 
 
 def test_a_temporary_folder_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setenv("APPTAINER_TMPDIR", str(tmp_path / "absent"))
-    finding = doctor.temporary_folder()
+    finding = machine.temporary_folder()
     assert finding.status == "failure"
     assert str(tmp_path / "absent") in finding.seen
 
 
+REFUSES_NET = """\
+case "$*" in *" --net "*) echo "FATAL: --network none is not allowed" >&2; exit 255 ;; esac
+case "$*" in *--version*) echo apptainer version 1.4.5 ;; *) echo lo eth0 ;; esac"""
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(True, "warning"), (False, "failure")])
+def test_a_setuid_apptainer_without_user_namespaces_will_do_where_the_network_is_allowed(
+    tmp_path, monkeypatch, allowed, status
+):
+    for name in ("apptainer", "singularity"):
+        program(tmp_path, name, REFUSES_NET)
+    program(tmp_path, "unshare", "echo Operation not permitted >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = {finding.check: finding for finding in machine.examine("/i.sif", allowed)}
+    assert told["container"].status == told["user namespaces"].status == status
+    assert "not allowed" in told["container"].seen
+    assert "executor.allow_network" in told["user namespaces" if allowed else "container"].remedy
+
+
+def test_an_image_that_does_not_start_at_all_is_told_in_apptainers_words(tmp_path, monkeypatch):
+    program(tmp_path, "apptainer", "echo FATAL: no such image >&2; exit 255")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = machine.isolation("/i.sif", network=True)
+    assert (finding.status, finding.seen) == ("failure", "FATAL: no such image")
+
+
 def test_every_finding_that_is_not_ok_has_a_remedy():
-    for finding in doctor.examine():
+    for finding in machine.examine():
         assert finding.status == "ok" or finding.remedy
 
 
