@@ -439,7 +439,7 @@ def _site(site: Any, name: str) -> dict[str, Any]:
     if not isinstance(site, dict):
         raise ConfigError(_report(name, [f"site: {site!r} is neither a file nor a mapping"]))
     try:
-        TypeAdapter(Executor).validate_json(json.dumps(site, default=str))
+        TypeAdapter(Executor).validate_json(_json(site, place))
     except ValidationError as error:
         found = [path + _words(item, Executor) for item in error.errors(include_url=False)]
         raise ConfigError(_report(place, found)) from None

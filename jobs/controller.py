@@ -206,8 +206,9 @@ class Controller:
 
     def _forget_stops(self) -> None:
         """A stop that came when nobody ran, or too late, was not meant for this start."""
+        began = datetime.fromisoformat(self.opened.lease.started).timestamp()
         for path, content in inbox.waiting(self.folder):
-            if content["order"] == "stop":
+            if content["order"] == "stop" and inbox.given(path) < began:
                 self.say("an order to stop from before this start is dropped")
                 with effect("inbox.take"):
                     path.unlink(missing_ok=True)

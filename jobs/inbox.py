@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import uuid
@@ -34,6 +35,12 @@ def send(campaign_dir: Path, order: str, **details: Any) -> str:
     draft.write_text(json.dumps({"order": order, **details}))
     os.rename(draft, inbox / f"{name}.json")
     return name
+
+
+def given(path: Path) -> float:
+    """When an order was given, seconds since the epoch; infinite where its name does not say."""
+    began = path.stem.partition("-")[0]
+    return int(began) / 1e9 if began.isdecimal() else math.inf
 
 
 def waiting(campaign_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

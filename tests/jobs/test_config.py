@@ -331,3 +331,10 @@ def test_what_yaml_allows_and_settings_do_not_is_refused_in_words(
     with pytest.raises(ConfigError) as refusal:
         config.load(file(tmp_path, text), {})
     assert str(tmp_path / "campaign.yaml") in str(refusal.value)
+
+
+def test_a_site_file_that_holds_itself_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("setup: &a [*a]\n")
+    with pytest.raises(ConfigError) as refusal:
+        config.load(file(tmp_path, "site: site.yaml\n"), {})
+    assert str(tmp_path / "site.yaml") in str(refusal.value)

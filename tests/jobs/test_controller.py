@@ -405,6 +405,13 @@ def test_an_order_to_stop_that_nobody_heard_does_not_end_the_next_night(make_lab
     check_books(lab)
 
 
+def test_a_stop_given_while_the_controller_is_starting_is_obeyed(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1))
+    said = lab.run(when(f"campaign {lab.name}", lambda: lab.order("stop")))
+    assert said == "stopped by order"
+    assert lab.events("proposed", "run_intended") == []
+
+
 def test_the_limit_of_experiments_binds_baselines(make_lab: MakeLab) -> None:
     lab = make_lab(limits={"experiments": 1})
     lab.scripts(one=[], two=[], three=[])
