@@ -44,6 +44,13 @@ def slurm(*argv: str, check: bool = True) -> str:
     return done.stdout
 
 
+def as_user() -> dict[str, Any]:
+    """What makes a process the ordinary user's: arguments of subprocess."""
+    user = pwd.getpwnam(USER)
+    groups = os.getgrouplist(USER, user.pw_gid)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+
+
 def jobs_below(folder: Path) -> list[str]:
     """Ids of the jobs that were submitted from `folder`: others may use the cluster, too."""
     lines = slurm("squeue", "-h", "-u", USER, "-o", "%i %Z").splitlines()
@@ -98,16 +105,13 @@ class Controller:
         self.start()
 
     def start(self) -> None:
-        user = pwd.getpwnam(USER)
         first = {"folder": str(self.folder), "settings": self.settings, **self._options}
         self.process = subprocess.Popen(
             [interpreter(), str(HERE / "driver.py"), json.dumps(first)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=os.getgrouplist(USER, user.pw_gid),
+            **as_user(),
             env={**environment(self.folder), **self._options.get("environ", {})},
             cwd=self.folder,
         )

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import HERE, ROOT, USER, environment, interpreter, jobs_below, slurm, switch, wait_for
+from rig import (
+    HERE,
+    ROOT,
+    USER,
+    as_user,
+    environment,
+    interpreter,
+    jobs_below,
+    slurm,
+    switch,
+    wait_for,
+)
 
 sys.path.insert(0, str(ROOT / "tests" / "jobs"))
 import toylab
@@ -44,28 +55,22 @@ class Lab(toylab.Lab):
             os.chown(path, user.pw_uid, user.pw_gid)
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
-        user = pwd.getpwnam(USER)
         return subprocess.Popen(
             [interpreter(), "-m", "jobs.cli", *(words or ("run",))],
             cwd=self.root,
             env={**self.env, **more},
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=os.getgrouplist(USER, user.pw_gid),
+            **as_user(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
     def call_as_user(self, argv: list[str], **more: str) -> str:
-        user = pwd.getpwnam(USER)
         done = subprocess.run(
             argv,
             cwd=self.root,
             env={**self.env, **more},
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=os.getgrouplist(USER, user.pw_gid),
+            **as_user(),
             capture_output=True,
             text=True,
             timeout=300,

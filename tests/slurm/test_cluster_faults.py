@@ -19,7 +19,7 @@ from rig import ROOT, wait_for
 from test_campaign import Lab, branches, edits
 
 from jobs import ledger, policy
-from jobs.history import fold
+from jobs.history import State, fold
 
 sys.path.append(str(ROOT / "tests" / "jobs"))
 import small_disk
@@ -123,13 +123,19 @@ def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kin
     with killing(lambda seen: seen.get("SLURMD_NODENAME") == "n2"):
         to_its_end(night)
     night.check_books()
-    state = fold(ledger.read(night.folder / "ledger.jsonl"))
+    state, late = State(), set()  # runs that were intended when the node was known to be bad
+    for event in ledger.read(night.folder / "ledger.jsonl"):
+        if event["event"] == "run_intended" and policy.excluded_nodes(state):
+            late.add("{experiment}-s{seed}-a{attempt}".format(**event["run"]))
+        state = fold([event], state)
     assert policy.excluded_nodes(state) == {"n2"}
     assert [r.verdict for r in state.experiments()] == ["keep"] * 24
     results = [event["result"] for event in night.events("run_ended")]
     dead = [result for result in results if result["status"] == "infrastructure"]
     assert {result["node"] for result in dead} == {"n2"}
-    assert 2 <= len(dead) <= 4  # the two that tell, and what was on its way meanwhile
+    assert len({result["run"].partition("-")[0] for result in dead}) >= 2
+    assert late
+    assert not [result for result in results if result["run"] in late and result["node"] == "n2"]
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pwd
 import re
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import ROOT, USER, interpreter, jobs_below
+from rig import ROOT, as_user, interpreter, jobs_below
 from test_campaign import Lab
 from test_trainer import TrainerLab
 
@@ -71,14 +69,11 @@ def test_a_job_without_findings_is_judged_by_where_it_stands(state, status, word
 
 def ask(lab: Lab, *words: str, **more: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """`autoresearch doctor` of the ordinary user: exit status, findings by their check."""
-    user = pwd.getpwnam(USER)
     done = subprocess.run(
         [interpreter(), "-P", "-m", "jobs.cli", "doctor", "--json", *words],
         cwd=lab.root,
         env={**lab.env, "ANTHROPIC_API_KEY": "", **more},
-        user=user.pw_uid,
-        group=user.pw_gid,
-        extra_groups=os.getgrouplist(USER, user.pw_gid),
+        **as_user(),
         capture_output=True,
         text=True,
         timeout=300,
