@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +210,78 @@ def test_the_score_is_that_of_a_plain_evaluation(session, tokenizer, data, batch
     assert model.training
     assert model.dropout.training
     assert not model.frozen.training, "each module gets its own mode back"
+
+
+class Recurrent(torch.nn.Module):
+    """A GRU of two layers: the loss of a position hangs on all before it."""
+
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab, 24)
+        self.memory = torch.nn.GRU(24, 32, num_layers=2, batch_first=True)
+        self.head = torch.nn.Linear(32, vocab)
+
+    def forward(self, x, y, reduction="mean"):
+        logits = self.head(self.memory(self.embedding(x))[0])
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), y.flatten(), reduction=reduction
+        )
+
+
+class Neighbours(Recurrent):
+    """A causal convolution that answers with losses by row and position."""
+
+    def __init__(self, vocab: int):
+        super().__init__(vocab)
+        self.memory = torch.nn.Conv1d(24, 32, 5)
+
+    def forward(self, x, y, reduction="mean"):
+        seen = torch.nn.functional.pad(self.embedding(x).mT, (4, 0))
+        logits = self.head(torch.relu(self.memory(seen)).mT)
+        return torch.nn.functional.cross_entropy(logits.mT, y, reduction=reduction)
+
+
+class Hopeless(Recurrent):
+    """Sure of the wrong token: losses of a hundred nats beside losses of none."""
+
+    def forward(self, x, y, reduction="mean"):
+        logits = 100.0 * torch.nn.functional.one_hot(x, self.head.out_features).float()
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), y.flatten(), reduction=reduction
+        )
+
+
+def transformer(vocab: int, steps: int):
+    """train.py's own at scale cpu, after some steps on the training rows."""
+    import train  # needs the session: it asks prepare for the scale as it is imported
+
+    c = SimpleNamespace(**train.CONSTANTS["cpu"] | {"total_batch": 512})
+    model = train.GPT(c, vocab, 64, train.sdpa_attention).initialise(torch.float32)
+    optimiser = train.Optimiser(model, c, compiled=False)
+    loader = prepare.make_dataloader(Tokenizer.from_directory(), 8, 64, "train")
+    for step in range(1, steps + 1):
+        x, y, _ = next(loader)
+        model(x.cpu(), y.cpu()).backward()
+        optimiser.step(step, 0.0, 1.0)
+        model.zero_grad()
+    return model.to(prepare.device())
+
+
+MODELS = {
+    "recurrent": Recurrent,
+    "convolution": Neighbours,
+    "hopeless": Hopeless,
+    "transformer": lambda vocab: transformer(vocab, 0),
+    "transformer, trained": lambda vocab: transformer(vocab, 30),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_whatever_the_model_its_score_is_that_of_a_plain_evaluation(session, tokenizer, data, kind):
+    torch.manual_seed(1)
+    model = MODELS[kind](tokenizer.get_vocab_size()).to(prepare.device())
+    expected = plain_bpb(model, data)
+    assert prepare.evaluate_bpb(model, tokenizer, 8) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_model_that_answers_in_bfloat16_is_scored(session, tokenizer, data):

@@ -1,14 +1,24 @@
 """train.py does what its description says: it learns, looks only back, and fails in words."""
 
+import argparse
 import ast
+import inspect
 import math
+import os
 import re
+import string
+import subprocess
+import sys
+import textwrap
 import typing
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import prepare
+import rows
+from corpora import Source
 from programs import TRAIN, block, load_train, run
 
 VOCABULARY, T = 257, 64
@@ -387,3 +397,44 @@ def test_numbers_of_optimisers_schedules_and_initialisation_compile_nothing_anew
     halved = {name: blocks["cpu"][name] / 2 for name in tuned}
     assert graphs(**halved) == shipped
     assert graphs(logit_cap=7.5) != shipped
+
+
+# ---------------------------------------------------------------- with the real prepare
+
+
+def test_the_shipped_program_alone_starts_a_referee_and_learns(tmp_path):
+    """At least 64 optimiser steps; nobody else is there to start a referee."""
+    texts, data = tmp_path / "texts", tmp_path / "data"
+    texts.mkdir()
+    for number, module in enumerate((typing, string, textwrap, inspect, argparse, ast)):
+        (texts / f"{number}.txt").write_text(inspect.getsource(module))
+    scale = prepare.Scale("cpu", T, 400, 2**12, 2**9, "tokens", 64 * 2048, startup_free_s=60)
+    prepare.prepare(Source(f"dir:{texts}"), scale, data)
+    kept = {name: value for name, value in os.environ.items() if "AUTORESEARCH" not in name}
+    done = subprocess.run(
+        [sys.executable, TRAIN],
+        cwd=tmp_path,
+        env={**kept, "AUTORESEARCH_DATA": str(data), "CXX": "none", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = dict(line.split(": ") for line in done.stdout.split("---\n")[1].splitlines())
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert int(summary["num_steps"]) >= 64  # and a few that warm up
+    assert losses[0] == pytest.approx(math.log(400), abs=0.1)
+    # an untrained model scores losses[0] nats a token: by as much as the loss falls, so does it
+    assert 0 < float(summary["val_bpb"]) < flat_bpb(data, losses[0]) - 0.5
+
+
+def flat_bpb(data, loss):
+    """bits per byte of a model that loses `loss` nats at every token of the validation rows."""
+    stream = rows.RowStream(data, "val", T)
+    tokens = stream.take(min(2**12 // T, stream.rows), 0)[0][:, 1:]
+    lengths = rows.token_bytes(data)[0][tokens]
+    return (lengths > 0).sum() * loss / (math.log(2) * lengths.sum())
+
+
+def test_the_program_is_short_enough_to_be_read_whole():
+    assert len(TRAIN.read_text().splitlines()) <= 700
