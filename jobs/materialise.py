@@ -16,7 +16,9 @@ from trainer import prepare
 from trainer.referee.task import Budget as TaskBudget
 from trainer.referee.task import Limits, Scorer, Task
 
-SCORING_S = 600.0  # evaluation, its compilation included
+SCORING_S = 600.0  # evaluation, its compilation included, before any baseline was timed
+SCORING_FACTOR = 5.0  # of the baseline's median; bounds what could be learned while scoring
+LEAST_SCORING_S = 60.0
 FIRST_CEILING_S = 3600.0  # wall time of a token budget before any baseline was timed
 CEILING_FACTOR = 3.0  # of the baseline's median training time
 ENDING_S = 30.0  # saving weights, taking them over, writing result.json
@@ -58,13 +60,27 @@ def feed_ceiling_s(state: State, config: Config, branch: str) -> float | None:
     """Token budgets: wall time that closes the feed, from the branch's baseline."""
     if budget(config).kind == "wall":
         return None
-    baseline = state.branches[branch].baseline if branch in state.branches else None
-    results = state.results(baseline) if baseline else []
-    times = [r.training_s for r in results if r.ok and r.training_s]
-    if not times:
+    usual = _usual(state, branch, "training_s")
+    if usual is None:
         return FIRST_CEILING_S
     # A small floor: on a busy laptop three times a few seconds can pass without anybody's fault.
-    return max(30.0, CEILING_FACTOR * statistics.median(times))
+    return max(30.0, CEILING_FACTOR * usual)
+
+
+def scoring_limit_s(state: State, branch: str) -> float:
+    """How long scoring may take, from the branch's baseline."""
+    usual = _usual(state, branch, "scoring_s")
+    if usual is None:
+        return SCORING_S
+    return min(SCORING_S, max(LEAST_SCORING_S, SCORING_FACTOR * usual))
+
+
+def _usual(state: State, branch: str, name: str) -> float | None:
+    """The median of a time of the baseline's good runs; None before there is one."""
+    baseline = state.branches[branch].baseline if branch in state.branches else None
+    results = state.results(baseline) if baseline else []
+    times = [getattr(r, name) for r in results if r.ok and getattr(r, name)]
+    return statistics.median(times) if times else None
 
 
 def wall_limit_s(config: Config, ceiling: float | None) -> float:
@@ -108,7 +124,9 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         budget=TaskBudget(run.budget.kind, run.budget.amount),
         startup_free_s=None if general else startup_free_s(config),
         feed_ceiling_s=ceiling,
-        scoring_limit_s=min(SCORING_S, limit),
+        scoring_limit_s=min(
+            SCORING_S if general else scoring_limit_s(state, experiment.branch), limit
+        ),
         limits=Limits(
             config.run.memory_mb, config.run.processes, config.run.log_mb, config.run.scratch_mb
         ),

@@ -292,6 +292,19 @@ def test_inside_walls_there_is_what_a_program_needs_and_nothing_else(folder, use
     assert not (folder / "elsewhere" / "mark").exists()
 
 
+def test_what_lies_in_memory_as_files_is_bounded_too(folder):
+    program = """
+        import os
+        room = os.statvfs("/dev/shm")
+        print("ROOM", room.f_blocks * room.f_frsize >> 20, "MiB")
+        train(); evaluate()
+    """
+    limits = {"memory_mb": 2048, "processes": 64, "log_mb": 4, "scratch_mb": 8192}
+    result = run(folder, program, isolation="namespaces", limits=limits)
+    assert result["status"] == "ok", result
+    assert "ROOM 1024 MiB" in result["log"]
+
+
 def test_roots_home_holds_only_the_interpreter_inside_walls(folder):
     home = Path.home()
     program = f"""

@@ -27,6 +27,7 @@ GPUS = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 # The caller's variables that a program gets; any other may hold a key or make runs differ.
 ALLOWED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH")
 ALLOWED += ("CUDA_VISIBLE_DEVICES", "CC", "CXX", "NVIDIA_VISIBLE_DEVICES")
+SHM_MB = 1024  # of /dev/shm: memory that is no process's, so no look at the processes counts it
 FOLDERS = ("PATH", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH")  # allowed, and name folders
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -98,13 +99,13 @@ def of_container(caller: Mapping[str, str]) -> dict[str, str]:
 
 
 def mounts(
-    view: View, readable: Sequence[str], shm_mb: int, hidden: Iterable[str]
+    view: View, readable: Sequence[str], scratch_mb: int, hidden: Iterable[str]
 ) -> list[tuple[str | None, str, str]]:
     """The file system of a walled program, see launcher.build_root; parents before children."""
     plan: list[tuple[str | None, str, str]] = [
         (None, "/proc", "proc"),
         (None, "/dev", "tmpfs:1m"),
-        (None, "/dev/shm", f"tmpfs:{shm_mb}m"),
+        (None, "/dev/shm", f"tmpfs:{min(scratch_mb, SHM_MB)}m"),
         ("/proc/self/fd", "/dev/fd", "link"),
         ("/proc/self/fd/1", "/dev/stdout", "link"),
         ("/proc/self/fd/2", "/dev/stderr", "link"),

@@ -29,7 +29,7 @@ class Limits:
     memory_mb: int | None = None  # host memory of the whole tree
     processes: int = 512
     log_mb: int = 64  # what it may print; the log keeps its head and its tail
-    scratch_mb: int = 8192  # its scratch folder, and its /dev/shm
+    scratch_mb: int = 8192  # its scratch folder, and (at most 1024) its /dev/shm
 
 
 @dataclass(frozen=True)

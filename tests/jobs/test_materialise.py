@@ -1,0 +1,32 @@
+"""What a run may take, from what the branch's baseline took."""
+
+import pytest
+from story import Story
+
+from jobs import config, materialise
+
+
+def after_a_baseline(**times: float) -> Story:
+    story = Story()
+    baseline = story.propose()
+    story.run(baseline, 2.0, **times)
+    story.decide(baseline)
+    return story
+
+
+@pytest.mark.parametrize(("took", "allowed"), [(4.0, 60.0), (20.0, 100.0), (500.0, 600.0)])
+def test_scoring_may_take_five_times_as_long_as_the_baselines(took: float, allowed: float) -> None:
+    state = after_a_baseline(scoring_s=took).state
+    assert materialise.scoring_limit_s(state, "main") == allowed
+    assert materialise.scoring_limit_s(state, "new") == 600.0
+
+
+@pytest.mark.parametrize(("took", "allowed"), [(4.0, 30.0), (20.0, 60.0)])
+def test_the_feed_of_a_token_budget_closes_after_three_times_the_baselines_training(
+    took: float, allowed: float
+) -> None:
+    tokens, wall = (config.parse({"budget": b}) for b in ({"tokens": 10**6}, {"wall": 300}))
+    state = after_a_baseline(training_s=took).state
+    assert materialise.feed_ceiling_s(state, tokens, "main") == allowed
+    assert materialise.feed_ceiling_s(state, tokens, "new") == 3600.0
+    assert materialise.feed_ceiling_s(state, wall, "main") is None
