@@ -244,7 +244,11 @@ def _once(arguments: argparse.Namespace) -> int:
     from jobs import once
 
     config = _config(arguments) if arguments.config.exists() else _defaults()
-    result = once.run(config, arguments.train, arguments.seed, arguments.keep, _say)
+
+    def say(line: str) -> None:  # standard output is the result's
+        print(line, file=sys.stderr, flush=True)
+
+    result = once.run(config, arguments.train, arguments.seed, arguments.keep, say)
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:

@@ -39,11 +39,15 @@ class Evidence:
         if not runs:
             return ""
         last = max(runs, key=lambda r: r.n)
-        path = self._runs / experiment / f"s{last.seed}-a{last.attempt}" / name
-        try:
-            with open(path, "rb") as file:
-                file.seek(max(0, path.stat().st_size - LONGEST_TAIL))
-                text = file.read().decode("utf-8", "replace")
-        except OSError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
+        return tail(self._runs / experiment / f"s{last.seed}-a{last.attempt}" / name, lines)
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last lines of a file that may be long, or broken, or not there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - LONGEST_TAIL))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs import campaign, disk, lab, materialise
+from jobs import campaign, disk, lab, materialise, text
 from jobs.config import Config
 from jobs.errors import UserError
+from jobs.evidence import tail
 from jobs.history import State
 from jobs.model import Experiment, Run
+
+LOG_LINES = 30  # of a run that failed, shown
 
 
 def run(
@@ -26,6 +29,7 @@ def run(
 
     Args:
         keep: where the run folder goes; None: it is removed.
+        say: is told what runs, and the end of the log if it fails.
 
     Raises:
         UserError: no such program, or `keep` exists already.
@@ -57,7 +61,10 @@ def run(
             f"running {source}: scale {config.data.scale}, "
             f"{length.amount:g} {length.kind}, seed {seed}"
         )
-        return wrapper.run(task)
+        result = wrapper.run(task)
+        if result["status"] != "ok":
+            say(text.lines(tail(folder / "train.log", LOG_LINES)))
+        return result
     finally:
         if keep is None:
             disk.remove(folder)
