@@ -7,6 +7,8 @@ decision follows from its own prefix of the ledger, refs agree with it, and no p
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
 import random
 import signal
@@ -215,22 +217,46 @@ def test_a_rebase_that_was_decided_is_neither_lost_nor_done_twice(tmp_path: Path
 
 
 def killed_at_random(root: Path, seed: int, times: int) -> None:
-    lab, moments = scenario(root), random.Random(seed)
-    for _ in range(times):
-        with ended(lab.start()) as controller:
-            time.sleep(moments.uniform(0.2, 2.5))
-            controller.send_signal(signal.SIGKILL)
-            controller.communicate()
-    status, said = lab.call()
-    assert status == 0, said
-    check(lab)
+    """So many kills, each of a controller that holds its lease; a campaign that ends is checked,
+    and the next one takes its place."""
+    moments, left = random.Random(seed), times
+    for number in itertools.count():
+        lab = scenario(root / str(number))
+        while left and kill_while_it_works(lab, moments.uniform(0, 1.5)):
+            left -= 1
+        status, said = lab.call()
+        assert status == 0, said
+        check(lab)
+        if not left:
+            return
+        toylab.remove(lab.root)
+
+
+def kill_while_it_works(lab: Lab, after: float) -> bool:
+    """Start the controller and kill it `after` seconds of its lease; False: it had ended before."""
+    with ended(lab.start()) as controller:
+        eventually(lambda: holder(lab) == controller.pid or controller.poll() is not None)
+        time.sleep(after)
+        controller.send_signal(signal.SIGKILL)
+        said = controller.communicate()[0]
+    assert controller.returncode in (0, -signal.SIGKILL), said
+    return controller.returncode != 0
+
+
+def holder(lab: Lab) -> int | None:
+    """The process that holds the lease of the lab's campaign."""
+    try:
+        lease = json.loads((lab.folder / "lease.json").read_text())
+    except FileNotFoundError:
+        return None
+    return None if lease["released"] else lease["pid"]
 
 
 def test_killed_at_five_random_moments_it_goes_on(tmp_path: Path) -> None:
-    killed_at_random(tmp_path / "lab", 0, 5)
+    killed_at_random(tmp_path, 0, 5)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", range(1, 21))
 def test_killed_at_a_hundred_random_moments_it_goes_on(tmp_path: Path, seed: int) -> None:
-    killed_at_random(tmp_path / "lab", seed, 5)
+    killed_at_random(tmp_path, seed, 5)
