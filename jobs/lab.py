@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import trainer
 from jobs.errors import UserError
@@ -79,8 +80,13 @@ def _git(folder: Path, *arguments: str) -> None:
         raise UserError(f"git {arguments[-1]} in {folder}: {error.stderr.strip()}") from None
 
 
-def prepare(corpus: str, scale: str, data: Path, extra: tuple[str, ...] = ()) -> None:
+def prepare(
+    corpus: str, scale: str, data: Path, extra: tuple[str, ...] = (), said: IO[str] | None = None
+) -> None:
     """Prepare a corpus for a scale, unless it is there already: trainer/prepare.py does the work.
+
+    Args:
+        said: where its report goes; None: standard output.
 
     Raises:
         UserError: it failed; its own words are on the screen.
@@ -89,5 +95,5 @@ def prepare(corpus: str, scale: str, data: Path, extra: tuple[str, ...] = ()) ->
         return
     argv = [sys.executable, str(TRAINER / "prepare.py")]
     argv += ["--corpus", corpus, "--scale", scale, "--data", str(data), *extra]
-    if subprocess.run(argv, check=False).returncode != 0:
+    if subprocess.run(argv, stdout=said, check=False).returncode != 0:
         raise UserError(f"preparing {corpus} for scale {scale} in {data} failed (see above)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,13 +46,14 @@ def run(
         raise UserError(f"there is no program {source}; name one with --train")
     if keep is not None and keep.exists():
         raise UserError(f"{keep} exists already; name a new folder for the run")
-    lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
+    data = campaign.data_folder(config)
+    lab.prepare(config.data.corpus, config.data.scale, data, said=sys.stderr)
     folder = Path(keep or tempfile.mkdtemp(prefix="autoresearch-once-")).absolute()
     try:
         program = folder / "program" / lab.PROGRAM
         program.parent.mkdir(parents=True)
         shutil.copyfile(source, program)
-        site = materialise.Site(config, folder, campaign.data_folder(config), {})
+        site = materialise.Site(config, folder, data, {})
         length = materialise.budget(config)
         one = Run("once", seed, 1, length, config.data.scale)
         nothing = Experiment("once", "once", "", "", None, str(source), "person", "")
