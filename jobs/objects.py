@@ -187,24 +187,6 @@ class Objects:
             entry = found
         return entry
 
-    def changed(self, old: str, new: str, prefix: str = "") -> Iterator[str]:
-        """Paths whose entries differ between two trees (a rename is two paths)."""
-        if old == new:
-            return
-        before, after = self.tree(old), self.tree(new)
-        for name in sorted(before.keys() | after.keys()):
-            a, b = before.get(name), after.get(name)
-            if a == b:
-                continue
-            if a and b and a.mode == b.mode == TREE:
-                yield from self.changed(a.sha, b.sha, f"{prefix}{name}/")
-                continue
-            for entry in {e.mode == TREE: e for e in (a, b) if e}.values():
-                if entry.mode == TREE:
-                    yield from (p for p, _ in self.walk(entry.sha, f"{prefix}{name}/"))
-                else:
-                    yield prefix + name
-
 
 _WHAT = {TREE: "a folder", LINK: "a symbolic link", SUBMODULE: "a submodule"}
 

@@ -383,20 +383,9 @@ class Repository:
             files.update(below)
         return files
 
-    def changed_paths(self, a: str, b: str) -> list[str]:
-        """Paths of files that differ between two commits."""
-        return list(self.objects.changed(self.tree(a), self.tree(b)))
-
     def diff(self, a: str, b: str, paths: Iterable[str] = ()) -> str:
         """A unified diff from commit `a` to commit `b`, without colours or the user's drivers."""
         return self.git(*_DIFF, "-p", a, b, "--", *paths)
-
-    def lines_changed(self, a: str, b: str, paths: Iterable[str] = ()) -> tuple[int, int]:
-        """Lines (added, removed) from `a` to `b` as git counts them, without binary files."""
-        rows = self.git(*_DIFF, "--numstat", a, b, "--", *paths).splitlines()
-        counts = [row.split("\t")[:2] for row in rows]
-        texts = [(int(added), int(removed)) for added, removed in counts if added != "-"]
-        return sum(added for added, _ in texts), sum(removed for _, removed in texts)
 
     def merge_file(self, base: str, ours: str, theirs: str) -> str | None:
         """Three texts merged by lines; None where the two sides touch the same lines."""

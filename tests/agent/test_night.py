@@ -184,8 +184,9 @@ def test_a_night_of_real_training_by_a_faulty_api(tmp_path, count):
     best = None
     for record in records:
         result = state.result(record.runs[0])
-        assert (result.status, result.steps or 0) >= ("ok", 50), result
-        assert result.metric < 8.0 / 2  # an untrained model has about 11 bits per token
+        assert result.ok, result
+        assert result.steps >= 50
+        assert result.metric < 3.6 - 0.5  # where every token is equally likely it is 3.6
         assert record.verdict == ("keep" if best is None or record.metric < best else "discard")
         best = record.metric if best is None else min(best, record.metric)
     wanted = [f"{name} to {value}" for name, value in IDEAS[:count]]

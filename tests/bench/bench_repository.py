@@ -69,8 +69,6 @@ def campaign(repository: Repository, count: int, costs: Costs, packing: bool) ->
             sha = repository.commit(head, files, "try", trailers, i)
         with costs.of("attempt's ref"):
             repository.point(names.attempt_ref("bench", f"e{i:05}"), sha)
-        with costs.of("lines changed"):
-            repository.lines_changed(head, sha, [PROGRAM])
         pending[sha] = f"2.1847 -> 2.{i:05}, discard\nseed: 1\nnode: n1\n" + "fact: value\n" * 15
         if i % 5 == 0:
             with costs.of("branch (a fifth)"):
