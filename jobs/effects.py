@@ -26,11 +26,13 @@ BOUNDARIES: tuple[str, ...] = (
     "ledger.truncate",  # a torn last line is cut off
     "snapshot.write",
     "inbox.take",  # an order's file is removed once it is in the ledger
+    "git.exclude",  # the campaigns' folder in .git/info/exclude
     "git.objects",  # blobs, trees and the commit of an experiment, unreferenced
     "git.ref",  # refs/autoresearch/<campaign>/<experiment>
     "git.branch",  # compare-and-swap of autoresearch/<campaign>/<branch>
     "git.notes",
     "git.pack",
+    "program.mark",  # an experiment's fingerprint, made once
     "run.snapshot",  # the commit's files put where the run finds them
     "run.folder",  # the run's folder and task.json
     "run.submit",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent import edit
+from jobs.effects import effect
 
 
 class Known:
@@ -33,7 +34,7 @@ class Known:
         """
         if commit not in self._marks:
             self._marks[commit] = edit.fingerprint(files())
-            with open(self._path, "a") as file:
+            with effect("program.mark"), open(self._path, "a") as file:
                 file.write(f"{commit} {self._marks[commit]}\n")
         self.experiments[self._marks[commit]] = experiment
 

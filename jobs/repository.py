@@ -134,7 +134,7 @@ class Repository:
             if pattern in old.splitlines():
                 return
             path.parent.mkdir(exist_ok=True)
-            with open(path, "a") as file:
+            with effect("git.exclude"), open(path, "a") as file:
                 file.write(f"{pattern}\n" if old.endswith("\n") or not old else f"\n{pattern}\n")
 
     # Commits
