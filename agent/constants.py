@@ -195,6 +195,6 @@ def _evaluate(node: ast.expr) -> Number | None:
             value: Number = left**right if abs(right) <= 64 and abs(left) <= 1e6 else math.inf
         else:
             value = _OPERATORS[type(node.op)](left, right)
-        return value
+        return value if isinstance(value, int | float) else None  # (-8) ** 0.5 is complex
     except (KeyError, ArithmeticError, TypeError, ValueError):
         return None

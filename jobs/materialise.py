@@ -156,7 +156,9 @@ def threads(config: Config) -> int:
         return config.executor.threads
     if config.executor.kind != "local":
         return config.executor.cpus
-    return max(1, len(os.sched_getaffinity(0)) // config.executor.slots)
+    linux = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return max(1, cpus // config.executor.slots)
 
 
 def trailers(site: Site, experiment: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -18,7 +18,8 @@ def test_of_a_block_per_scale_only_the_active_one_counts():
 
 
 def test_without_blocks_all_numbers_at_the_top_level_count():
-    text = "A = 1\nB: float = -3e-4\nC = 2**19\nD = 'x'\nE = True\nF = f(2)\nbetas = (0.8, 0.95)\n"
+    text = "A = 1\nB: float = -3e-4\nC = 2**19\nD = 'x'\nE = True\nF = f(2)\n"
+    text += "betas = (0.8, 0.95)\ncomplex = (-8)**0.5\n"
     found = {"A": 1, "B": -0.0003, "C": 524288, "betas[0]": 0.8, "betas[1]": 0.95}
     assert constants.values(text, "cpu") == found
 
