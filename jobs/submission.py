@@ -16,13 +16,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from agent import keys
 from jobs import payload, process
 from jobs.config import Executor as Settings
 from jobs.errors import UserError
 from jobs.model import Run, Submission
 
 CANCEL_S = 5.0  # for a payload to end by itself
-SECRETS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 START_GRACE_S = 15.0  # a payload that has not claimed its run folder by then never started
 
 
@@ -121,8 +121,7 @@ class LocalExecutor:
         place: Place = ANYWHERE,
     ) -> Submission:
         # A run needs no key of the model's: none is in reach of its process list.
-        environment = {k: v for k, v in os.environ.items() if k not in SECRETS}
-        environment["AUTORESEARCH_RUN_NAME"] = name
+        environment = {**keys.without(), "AUTORESEARCH_RUN_NAME": name}
         device = self._free_device()
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device

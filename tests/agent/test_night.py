@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from agent import constants
 from jobs.history import fold
 
 ROOT = Path(__file__).parents[2]
+SECRET = {"ANTHROPIC_API_KEY": KEY}
 FAULTS = ("529", "429", "mid-stream-error", "clean-drop", "chunked-drop", "max-tokens", "prose")
 
 
@@ -38,18 +43,47 @@ def lab(folder: Path, files: dict[str, str], settings: dict[str, Any]) -> Path:
 
 
 def run(folder: Path, timeout: float, **environ: str) -> str:
-    """`autoresearch run` in the lab, with the key in its environment."""
-    done = subprocess.run(
+    """`autoresearch run` in the lab, with the key in its environment, and nowhere else."""
+    controller = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "run"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environ},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environ, **SECRET},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    seen: Counter[str] = Counter()
+    over = threading.Event()
+    watch = threading.Thread(target=look_for_key, args=(controller.pid, seen, over))
+    watch.start()
+    try:
+        said = controller.communicate(timeout=timeout)[0]
+    finally:
+        controller.kill()
+        over.set()
+        watch.join()
+    assert controller.returncode == 0, said
+    assert KEY not in said
+    assert seen["looks"] > 10
+    assert seen["processes of runs"] > 10  # the watch does see them
+    assert seen["keys"] == 0
+    return said
+
+
+def look_for_key(controller: int, seen: Counter[str], over: threading.Event) -> None:
+    """Until `over`, look into every process: neither command line nor environment holds the key,
+    the environment of the controller's own process apart."""
+    while not over.wait(0.1):
+        seen["looks"] += 1
+        with contextlib.suppress(OSError):
+            named = Path(f"/proc/{controller}/cmdline").read_bytes()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words, around = ((process / n).read_bytes() for n in ("cmdline", "environ"))
+                seen["processes of runs"] += b"AUTORESEARCH_RUN_NAME" in around
+                # a fork of it that has not become another program yet, too
+                own = int(process.name) == controller or words in (b"", named)
+                seen["keys"] += KEY.encode() in (words if own else words + around)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -60,7 +94,11 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def holds_key(folder: Path) -> list[Path]:
     """Files anywhere in the lab, git's own among them, in which the key can be read."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if KEY.encode() in path.read_bytes()]
+    found = [path for path in files if KEY.encode() in path.read_bytes()]
+    argv = ["git", "-c", "safe.directory=*", "cat-file", "--batch-all-objects", "--batch"]
+    objects = subprocess.run(argv, cwd=folder, capture_output=True, check=True).stdout
+    assert b"Campaign: " in objects  # they are unpacked, and the commits are among them
+    return found + [folder / ".git/objects"] * (KEY.encode() in objects)
 
 
 SCORE = """\
@@ -85,21 +123,26 @@ def descends(request: dict[str, Any]) -> Reply:
     return Reply((submit(f"a step from {x} after {losses} losses", "x", "down"),))
 
 
+def look_for_x(folder: Path, server: Server, experiments: int, patience: float) -> Path:
+    """A campaign of so many experiments that looks for the best x; its lab."""
+    task = {
+        "kind": "general",
+        "editable": ["shape.py"],
+        "command": ["python", "shape.py"],
+        "scorer": {"command": ["python", "score.py"], "files": ["score.py"]},
+        "metric": "distance",
+    }
+    agent = {"kind": "anthropic", "base_url": server.url, "outage_patience": patience}
+    settings = {"task": task, "agent": agent, "limits": {"experiments": experiments}}
+    settings |= {"confirm": {"runs": 0}, "budget": {"wall": 10}}
+    files = {"shape.py": "x = 12.0\n", "score.py": SCORE, "program.md": "# Find the x\n"}
+    run(lab(folder, files, settings), timeout=120)
+    return folder
+
+
 def test_twenty_experiments_by_a_faulty_api_keep_what_is_better_and_nothing_else(tmp_path):
     with Server(descends, a_third) as server:
-        task = {
-            "kind": "general",
-            "editable": ["shape.py"],
-            "command": ["python", "shape.py"],
-            "scorer": {"command": ["python", "score.py"], "files": ["score.py"]},
-            "metric": "distance",
-        }
-        agent = {"kind": "anthropic", "base_url": server.url, "outage_patience": 30}
-        limits = {"experiments": 21}
-        settings = {"task": task, "agent": agent, "limits": limits, "confirm": {"runs": 0}}
-        files = {"shape.py": "x = 12.0\n", "score.py": SCORE, "program.md": "# Find the x\n"}
-        folder = lab(tmp_path / "lab", files, {**settings, "budget": {"wall": 10}})
-        run(folder, timeout=120)
+        folder = look_for_x(tmp_path / "lab", server, 21, patience=30)
     told = events(folder)
     state = fold(told)
     records = list(state.experiments("main"))
@@ -125,6 +168,25 @@ def test_twenty_experiments_by_a_faulty_api_keep_what_is_better_and_nothing_else
     assert any("+x = " in diff for diff in diffs)
     assert not any("# trainer/prepare.py" in text for text in openings)  # it is no nanochat
     assert holds_key(folder) == []
+
+
+def test_an_outage_idles_a_slot_for_the_patience_once_and_no_longer(tmp_path):
+    patience = 3.0
+    with Server(descends, lambda call: "529" if call >= 6 else None) as server:
+        folder = look_for_x(tmp_path / "lab", server, 12, patience)
+    told = events(folder)
+    ended, began = (
+        [datetime.fromisoformat(e["time"]) for e in told if e["event"] == event]
+        for event in ("run_ended", "run_intended")
+    )
+    idle = sorted(
+        (after - before).total_seconds() for before, after in zip(ended, began[1:], strict=False)
+    )
+    assert len(idle) == 11
+    assert patience / 2 < idle[-1] < patience + 5  # the model is waited for, and then replaced
+    assert idle[-2] < patience / 2
+    experiments = [e["experiment"] for e in told if e["event"] == "proposed"]
+    assert [e["researcher"] for e in experiments].count("sweep") == 9
 
 
 IDEAS = [

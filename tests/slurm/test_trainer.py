@@ -6,7 +6,9 @@ Every run trains for 50 optimiser steps and more, and must end far below the unt
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pytest
 from rig import ROOT, interpreter
 from test_campaign import Lab, as_a_job_through_requeues_and_an_outage, toylab
 
-sys.path.append(str(ROOT / "tests" / "containers"))
+sys.path += [str(ROOT / "tests" / "containers"), str(ROOT / "tests" / "agent")]
 import accounts
+import server
+from test_night import IDEAS, a_third, holds_key, look_for_key, tunes
 
 from containers.images import Image
 
@@ -23,25 +27,33 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(5400)]
 STEPS = 60
 UNTRAINED = 3.0  # bits per byte of a model that has learned nothing, and less
 MOVED = ["matrix_rate", "embedding_rate", "head_rate", "weight_decay", "warmdown"]
+SWEEP = {"kind": "sweep", "constants": MOVED}
 
 
 class TrainerLab(Lab):
     """The user's lab of nanochat's task, in the CPU image, with a budget of a few seconds."""
 
-    def __init__(self, root: Path, kind: str, image: Image, branches: int, each: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        kind: str,
+        image: Image,
+        branches: int,
+        each: int,
+        agent: Mapping[str, Any] = SWEEP,
+    ) -> None:
         super().__init__(root, kind)
         for name in ("train.py", "prepare.py"):
             self.write(f"trainer/{name}", (ROOT / "trainer" / name).read_text())
         self.hand_over()
         self.call_as_user(["git", "add", "trainer"])
         self.call_as_user(["git", "commit", "--quiet", "--message=the trainer"], **toylab.WHO)
-        agent = {"kind": "sweep", "constants": MOVED}
         names = [f"b{n}" for n in range(1, branches + 1)]
         self.settings.pop("task")
         self.configure(
             budget={"tokens": STEPS * 2048},
-            agent=agent,
-            branches={name: {"program": "program.md"} for name in names},
+            agent=dict(agent),
+            branches={name: {"program": "program.md", "slots": 1} for name in names},
             executor={
                 **self.settings["executor"],
                 "image": image.sha256,
@@ -66,8 +78,8 @@ def image() -> Image:
 
 @pytest.fixture
 def lab(cluster: None, home: Path, image: Image) -> Callable[..., TrainerLab]:
-    def make(kind: str, **size: int) -> TrainerLab:
-        return TrainerLab(home / f"lab-{kind}", kind, image, **size)
+    def make(kind: str, **settings: Any) -> TrainerLab:
+        return TrainerLab(home / f"lab-{kind}", kind, image, **settings)
 
     return make
 
@@ -100,3 +112,33 @@ def test_a_night_of_trainings_as_a_job_through_requeues_and_an_outage(lab, home)
     night = lab("allocation", branches=8, each=13)
     as_a_job_through_requeues_and_an_outage(night, home, patience_s=1200)
     check(night, 8 * 14)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_a_model_behind_a_faulty_api_drives_twenty_trainings(lab, kind):
+    with server.Server(tunes, a_third) as api:
+        agent = {"kind": "anthropic", "base_url": api.url, "outage_patience": 60}
+        night = lab(kind, branches=1, each=20, agent=agent)
+        night.env["ANTHROPIC_API_KEY"] = server.KEY
+        process = night.start()
+        seen, over = Counter(), threading.Event()
+        watch = threading.Thread(target=look_for_key, args=(process.pid, seen, over))
+        watch.start()
+        try:
+            said, _ = process.communicate(timeout=3600)
+        finally:
+            over.set()
+            watch.join()
+    assert process.returncode == 0, said
+    assert seen["keys"] == 0
+    assert holds_key(night.root) == []
+    check(night, 21)
+    told = [event["experiment"]["description"] for event in night.events("proposed")]
+    assert told[1:] == [f"{name} to {value}" for name, value in IDEAS]
+    best, values = 9.0, {r["facts"]["experiment"]: r["value"] for r in night.results()}
+    for event in night.events("decided"):
+        decision = event["decision"]
+        value = values[decision["experiment"]]
+        assert decision["verdict"] == ("keep" if value < best else "discard")
+        best = min(best, value)
