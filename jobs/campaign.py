@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,11 @@ def _open(
         say(remark)
     common = site(config, root)
     directory = common.campaign_dir
+    if _may_be_purged(directory, os.environ):
+        say(
+            f"{directory} looks like scratch: where files there are purged after some weeks, set "
+            "folder: in campaign.yaml to a place that lasts"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "inbox").mkdir(exist_ok=True)
     _hide(repository, directory)
@@ -154,6 +160,13 @@ def _open(
     ledger.append("lease_taken", host=host, pid=pid, previous=previous)
     state = _begin(snapshot.open_history(directory)[0], ledger, config, common, repository)
     return Open(export_scorer(common, repository, state), repository, ledger, held, state)
+
+
+def _may_be_purged(directory: Path, environ: Mapping[str, str]) -> bool:
+    """Whether a folder lies where clusters delete what was not read for some weeks."""
+    scratch = environ.get("SCRATCH")
+    below = scratch and directory.resolve().is_relative_to(Path(scratch).resolve())
+    return bool(below) or any("scratch" in part.lower() for part in directory.resolve().parts)
 
 
 def _hide(repository: Repository, directory: Path) -> None:

@@ -473,6 +473,26 @@ def test_an_editable_file_that_is_not_committed_is_said(inside: Lab, autoresearc
     assert "has no file 'other.py'" in err
 
 
+@pytest.mark.parametrize(
+    ("folder", "scratch", "told"),
+    [("scratch/me", "", True), ("mine", "{}", True), ("mine", "/elsewhere", False)],
+)
+def test_a_campaign_that_a_site_may_purge_is_told_of(
+    make_lab: MakeLab,
+    autoresearch: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    scratch: str,
+    told: bool,
+) -> None:
+    made = make_lab(limits={"experiments": 1}, folder=folder)
+    monkeypatch.setenv("SCRATCH", scratch.format(made.root))
+    monkeypatch.chdir(made.root)
+    status, said, _ = autoresearch("run")
+    assert status == 0
+    assert ("looks like scratch" in said) == told
+
+
 def test_a_shallow_clone_with_a_detached_head_is_told_of_and_works(
     make_lab: MakeLab, tmp_path: Path, autoresearch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
