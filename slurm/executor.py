@@ -101,6 +101,7 @@ class SlurmExecutor:
         job_executor = AutoExecutor(folder, cluster="slurm")
         job_executor.update_parameters(**{f"slurm_{k}": v for k, v in parameters.items()})
         inner: Any = job_executor._executor
+        inner.parameters["wckey"] = None  # update_parameters takes None for not set
         inner._submit_command = functools.partial(_hand_over, inner)
         job: str = job_executor.submit(self._work, entry.run_dir).job_id
         return job

@@ -15,19 +15,23 @@ from typing import Any
 import pytest
 from rig import CLUSTER, USER, Controller, jobs_below, slurm, switch, wait_for
 
+LOCK = Path("/run/autoresearch-cluster/tests.lock")
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """The cluster of `make cluster`, without accounting, and an ordinary user on it."""
-    done = subprocess.run([*CLUSTER, "status"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.fail(f"the test cluster is not up (make cluster): {done.stdout}{done.stderr}")
+    if not LOCK.parent.exists():
+        pytest.fail("the test cluster is not up (make cluster)")
     try:
         pwd.getpwnam(USER)
     except KeyError:
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True)
-    with open("/run/autoresearch-cluster/tests.lock", "w") as lock:
+    with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time: they switch and break things
+        done = subprocess.run([*CLUSTER, "status"], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.fail(f"the test cluster is not up (make cluster): {done.stdout}{done.stderr}")
         switch(accounting=False)
         yield
         switch(accounting=False)

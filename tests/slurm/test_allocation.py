@@ -262,7 +262,7 @@ def test_refused_settings_are_told_and_nothing_waits(controller):
 
 
 def test_runs_are_on_the_nodes_that_they_name_and_one_that_names_none_that_is_ends(controller):
-    night = controller("allocation", settings={"nodes": 2, "slots": 2, "hold_hours": 0.5})
+    night = controller("allocation", settings={"nodes": 3, "slots": 3, "hold_hours": 0.5})
     first, second, lost = runs(3)
     night("submit", first, place={"node": "n4"}, sleep=8)
     night("submit", second, place={"node": "n2"}, sleep=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def asked(night: Lab, branch: str, since: str, until: str = "") -> list[Any]:
 def test_four_branches_on_four_nodes_through_ten_kills(home: Path, nodes: list[str]) -> None:
     scripts = {f"b{n}": edits(9, nap=1.0, branch=n) for n in range(1, 5)}
     night = Lab(home / "lab", "slurm", scripts=scripts, executor={"slots": 8})
-    through_ten_kills(night, nodes, patience_s=60)
+    through_ten_kills(night, nodes, patience_s=150)
     told = {row["branch"]: row for row in json.loads(autoresearch(night, "compare", "--json"))}
     assert all(told[name]["gain"] > 0 for name in ("b1", "b2", "b4"))
     again = autoresearch(night, "reproduce", "b2", "--executor", "slurm")
@@ -143,7 +144,7 @@ def test_a_node_that_does_not_exist_pauses_its_branch_alone(
     night.configure(branches=branches)
     said, _ = (process := night.start()).communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "lost is paused: its baseline e0002 has no score" in said
+    assert re.search(r"lost is paused: its baseline e000\d has no score", said)
     assert "Invalid node name" in said
     state = json.loads(autoresearch(night, "status", "--json"))
     assert state["branches"]["lost"]["paused"]
