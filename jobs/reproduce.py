@@ -212,7 +212,7 @@ def _rerun(
 def _judged(
     state: State, old: Result, new: Sequence[Result], contained: bool, against: list[str]
 ) -> dict[str, Any]:
-    known = verdict.spread(state, old.metric)
+    known = verdict.spread(state, old, contained)
     reasons = [why for result in new for why in verdict.differences(old, result, contained)]
     word, why = verdict.judge(old, new, known, [*against, *reasons])
     scores = [r.metric for r in new if r.metric is not None]

@@ -17,7 +17,7 @@ from containers import images, remote
 from jobs import container, process, submission, verdict
 from jobs import lab as labs
 from jobs.history import State
-from jobs.model import Result, Submission
+from jobs.model import Result, Submission, to_json
 from jobs.verdict import Spread
 
 
@@ -222,24 +222,44 @@ def test_another_gpu_or_without_one_another_cpu_is_not_comparable() -> None:
     assert verdict.judge(THEN, metrics(2.0), Spread(0, ""), told)[0] == "not comparable"
 
 
+def spread(state: State, old: Result, *runs: tuple[str, int, Result]) -> Spread:
+    """What is known where e0002 had these runs: (purpose, seed, result)."""
+    first = state.record("e0002").runs[0]
+    again = tuple(
+        first._replace(metric=r.metric, seed=seed, purpose=purpose, place={"result": to_json(r)})
+        for purpose, seed, r in runs
+    )
+    records = state.records.thaw()
+    records.replace(1, state.record("e0002")._replace(runs=again))
+    return verdict.spread(dataclasses.replace(state, records=records), old, True)
+
+
 def test_the_spread_is_of_one_seed_else_of_seeds_else_our_own(toy: Lab) -> None:
-    state: State = toy.state
-    assert "no spread" in verdict.spread(state, 2.0).words
-    assert verdict.spread(state, 2.0).tolerance == pytest.approx(0.004)
-    run = state.record("e0002").runs[0]
-    for purpose, seeds, factor, words in (
-        ("confirm", (2, 3), 2, "seeds"),
-        ("screen", (1, 1), 5, "one"),
-    ):
-        again = [
-            run._replace(metric=m, seed=s, purpose=purpose)
-            for m, s in zip((2.0, 2.2), seeds, strict=True)
-        ]
-        records = state.records.thaw()
-        records.replace(1, state.record("e0002")._replace(runs=tuple(again)))
-        known = verdict.spread(dataclasses.replace(state, records=records), 2.0)
-        assert known.tolerance == pytest.approx(factor * 0.02**0.5)
-        assert words in known.words
+    own = spread(toy.state, THEN)
+    assert (own.tolerance, "no spread" in own.words) == (pytest.approx(0.004), True)
+    low, high = metrics(2.0, 2.2)
+    known = spread(toy.state, THEN, ("confirm", 2, low), ("confirm", 3, high))
+    assert (known.tolerance, "of seeds" in known.words) == (pytest.approx(2 * 0.02**0.5), True)
+    known = spread(toy.state, THEN, ("screen", 1, low), ("screen", 1, high))
+    assert (known.tolerance, "on one" in known.words) == (pytest.approx(5 * 0.02**0.5), True)
+    assert spread(toy.state, THEN, ("screen", 1, low), ("screen", 1, low)).tolerance == 1e-6
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"gpu": "NVIDIA A100"},
+        {"details": {"budget": {"kind": "wall", "amount": 60.0}}},
+        {"details": {"scale": "small"}},
+        {"details": {"threads": 4}},
+    ],
+)
+def test_runs_made_in_another_way_are_no_measure(toy: Lab, other: dict) -> None:
+    low, high = metrics(2.0, 2.2)
+    runs = [("screen", 1, low), ("screen", 1, dataclasses.replace(high, **other))]
+    assert "no spread" in spread(toy.state, THEN, *runs).words
+    runs += [("screen", 1, metrics(2.01)[0])]
+    assert spread(toy.state, THEN, *runs).tolerance == pytest.approx(5 * 0.00005**0.5)
 
 
 # -- the image ------------------------------------------------------------------------------------
