@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,17 +145,29 @@ def _again_options(add: Callable[..., Any], looking: Any, asking: Any) -> None:
     one = add("reproduce", "run an experiment again, and compare: exit status 0, 1 or 4", asking)
     one.add_argument("experiment", nargs="?", help=named)
     one.add_argument("--all-keeps", action="store_true", help="every keep (of the branch named)")
-    one.add_argument("--times", type=int, default=1, metavar="N", help="how often")
+    one.add_argument("--times", type=_positive(int), default=1, metavar="N", help="how often")
     executors = ("local", "slurm", "allocation")
     one.add_argument("--executor", choices=executors, help="where (default: campaign.yaml's)")
     one.add_argument("--data", type=Path, metavar="DIR", help="the prepared data")
     one.add_argument("--image", metavar="TAG", help="another image than the recorded one")
-    one.add_argument("--budget", type=float, help="seconds or tokens; its baseline runs beside it")
+    told = "seconds or tokens; its baseline runs beside it"
+    one.add_argument("--budget", type=_positive(float), help=told)
     one.add_argument("--scale", choices=("cpu", "small", "h100"), help="another size; likewise")
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="likewise")
     one = add("bundle", "an experiment as a folder that runs without this project", looking)
     one.add_argument("experiment", help=named)
     one.add_argument("--to", type=Path, metavar="DIR", help="a new folder")
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
+        what = "a whole number from 1" if kind is int else "a number above 0"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return read
 
 
 def command(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -498,6 +511,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
         records = [recorded.find(clone, arguments.experiment)]
     else:
         raise UserError("name an experiment, a commit or a branch, or say --all-keeps")
+    if not records:
+        raise UserError(f"nothing was kept yet on {', '.join(named)}")
     asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
     wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
     told = []
@@ -523,9 +538,12 @@ def _clone(arguments: argparse.Namespace) -> Any:
 def _numbers(settings: list[str]) -> dict[str, int | float]:
     try:
         pairs = [text.split("=", 1) for text in settings]
-        return {name: int(v) if v.lstrip("-").isdigit() else float(v) for name, v in pairs}
+        found = {name: int(v) if v.lstrip("-").isdigit() else float(v) for name, v in pairs}
+        if all(map(math.isfinite, found.values())):
+            return found
     except ValueError:
-        raise UserError(f"--set {' '.join(settings)}: write NAME=NUMBER") from None
+        pass
+    raise UserError(f"--set {' '.join(settings)}: write NAME=NUMBER")
 
 
 @command

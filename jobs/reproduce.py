@@ -53,8 +53,21 @@ class Wish:
         return [f"{name} {found}" for name, found in told.items() if found is not None]
 
     def settings(self, one: Original, here: Config | None) -> Config:
-        """Those of the original, with what is wished for."""
+        """Those of the original, with what is wished for.
+
+        Raises:
+            UserError: a wish that means nothing to this experiment.
+        """
         chosen = one.settings(here)
+        for vain, why in (
+            (
+                chosen.task.kind == "general" and (self.budget or self.scale or self.data),
+                "a task of your own has no --budget, --scale or --data",
+            ),
+            (self.image and not one.fact("Container-SHA256"), "it ran in no image: no --image"),
+        ):
+            if vain:
+                raise UserError(f"{one.experiment.id}: {why}")
         if self.executor:
             executor = replace(chosen.executor, kind=self.executor)  # type: ignore[arg-type]
             chosen = replace(chosen, executor=executor)
@@ -65,6 +78,8 @@ class Wish:
             chosen = replace(chosen, data=replace(chosen.data, folder=str(self.data)))
         if self.budget:
             kind, free = materialise.budget(chosen).kind, chosen.budget.startup_free
+            if kind == "tokens" and self.budget != int(self.budget):
+                raise UserError(f"--budget {self.budget:g}: tokens are whole")
             chosen = replace(chosen, budget=budgeted(kind, self.budget, free))
         return chosen
 

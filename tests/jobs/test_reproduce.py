@@ -124,6 +124,33 @@ def test_without_its_records_an_experiments_commit_says_what_to_fetch(
     assert (status, "of e0003 is not in this clone" in said) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (("--times", "0"), "'0' is not a whole number from 1"),
+        (("--times", "-2"), "'-2' is not a whole number from 1"),
+        (("--times", "2.5"), "'2.5' is not a whole number from 1"),
+        (("--budget", "-5"), "'-5' is not a number above 0"),
+        (("--budget", "nan"), "'nan' is not a number above 0"),
+        (("--budget", "inf"), "'inf' is not a number above 0"),
+        (("--budget", "5"), "a task of your own has no --budget"),
+        (("--scale", "small"), "a task of your own has no --budget, --scale"),
+        (("--scale", "huge"), "invalid choice: 'huge'"),
+        (("--data", "/tmp"), "or --data"),
+        (("--image", "cpu"), "it ran in no image"),
+        (("--executor", "cloud"), "invalid choice: 'cloud'"),
+        (("--set", "X=nan"), "write NAME=NUMBER"),
+        (("--set", "X"), "write NAME=NUMBER"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused_before_anything_starts(
+    fresh: Path, wish: tuple[str, ...], words: str
+) -> None:
+    status, said = autoresearch(fresh, "reproduce", "e0002", *wish)
+    assert (status, words in said) == (2, True), said
+    assert not list(fresh.glob("campaigns/*/reproductions"))
+
+
 # -- what must be the same ------------------------------------------------------------------------
 
 
@@ -146,6 +173,8 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
     status, said = autoresearch(folder, "reproduce", "e0002")
     assert (status, "reproduced: identical" in said) == (0, True), said
 
+    status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "0.5")
+    assert (status, "tokens are whole" in said) == (2, True), said
     status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "4096", "--json")
     (told,) = json.loads(said[said.index("[") :])
     assert (status, told["changed"], told["verdict"]) == (0, ["budget 4096.0"], "reproduced")
