@@ -191,8 +191,10 @@ def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -
     }
     told |= _judged(clone.state, one.result, new, site.image is not None, [] if alike else [image])
     if wish.other:
-        word, why = verdict.transfer(clone.state.direction, new, baseline)
-        told |= {"verdict": word, "why": why}
+        contained = site.image is not None
+        noise = verdict.spread(clone.state, one.result, contained, seeds=True)
+        word, why = verdict.transfer(clone.state.direction, new, baseline, noise, contained)
+        told |= {"verdict": word, "why": why, "tolerance": noise.tolerance, "spread": noise.words}
     write_whole(folder / "report.json", json.dumps(told, indent=1).encode())
     return told
 

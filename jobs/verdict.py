@@ -124,11 +124,28 @@ def _gap(old: Result, new: Result, known: Spread) -> str:
     return f"it was {old.status} ({old.reason}), it is {new.status} ({new.reason})"
 
 
-def transfer(direction: str, new: Sequence[Result], first: Sequence[Result]) -> tuple[str, str]:
-    """(verdict, why): whether a gain over the baseline is there under other conditions, too."""
-    scores = [[r.metric for r in found if r.metric is not None] for found in (first, new)]
-    if not all(scores):
-        return INCOMPARABLE, "without a score of its baseline and of its own no gain is known"
-    before, after = map(statistics.fmean, scores)
-    gain = after - before if direction == "maximise" else before - after
-    return REPRODUCED if gain > 0 else DIFFERENT, f"gain over its baseline: {gain:+.6g}"
+def transfer(
+    direction: str, new: Sequence[Result], first: Sequence[Result], noise: Spread, contained: bool
+) -> tuple[str, str]:
+    """(verdict, why): whether a gain over the baseline is there under other conditions, too.
+
+    Args:
+        first: runs of the baseline under the same conditions.
+        noise: what a gain must exceed, as the campaign's own conditions had it.
+    """
+    if lost := [r for r in (*first, *new) if r.status == "infrastructure"]:
+        return INCOMPARABLE, f"infrastructure ended {lost[0].run}: {lost[0].reason}"
+    before, after = ([r for r in found if r.metric is not None] for found in (first, new))
+    if not before:
+        return INCOMPARABLE, "without a score of its baseline no gain is known"
+    if not after:
+        return DIFFERENT, f"its baseline has a score, it ends as {new[0].status} ({new[0].reason})"
+    if reasons := [why for r in after for why in differences(before[0], r, contained)]:
+        return INCOMPARABLE, f"beside its baseline's run, {reasons[0]}"
+    one, other = (statistics.fmean(r.metric or 0.0 for r in found) for found in (before, after))
+    gain = other - one
+    gain = gain if direction == "maximise" else -gain
+    told = f"gain over its baseline: {gain:+.6g}"
+    if abs(gain) <= noise.tolerance:
+        return INCOMPARABLE, f"{told}, within {noise.tolerance:.3g}, which is {noise.words}"
+    return REPRODUCED if gain > 0 else DIFFERENT, told

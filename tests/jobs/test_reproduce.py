@@ -251,7 +251,48 @@ def test_another_gpu_or_without_one_another_cpu_is_not_comparable() -> None:
     assert verdict.judge(THEN, metrics(2.0), Spread(0, ""), told)[0] == "not comparable"
 
 
-def spread(state: State, old: Result, *runs: tuple[str, int, Result]) -> Spread:
+@pytest.mark.parametrize(
+    ("new", "first", "expected"),
+    [
+        (metrics(1.8), metrics(2.0), "reproduced: gain over its baseline: +0.2"),
+        (metrics(2.2), metrics(2.0), "not reproduced: gain over its baseline: -0.2"),
+        (metrics(1.95), metrics(2.0), "not comparable: gain over its baseline: +0.05, within 0.1"),
+        (metrics(2.05), metrics(2.0), "not comparable: gain over its baseline: -0.05, within 0.1"),
+        (metrics(1.8), [CRASH], "not comparable: without a score of its baseline"),
+        (metrics(1.8), [], "not comparable: without a score of its baseline"),
+        ([CRASH], metrics(2.0), "not reproduced: its baseline has a score, it ends as crash"),
+        (
+            [dataclasses.replace(THEN, gpu="NVIDIA A100", metric=1.8)],
+            metrics(2.0),
+            "not comparable: beside its baseline's run, GPU was",
+        ),
+        (
+            [*metrics(1.8), Result("r", "infrastructure", "node died")],
+            metrics(2.0),
+            "not comparable: infrastructure ended r",
+        ),
+    ],
+)
+def test_a_gain_elsewhere_must_exceed_the_noise(
+    new: list[Result], first: list[Result], expected: str
+) -> None:
+    noise = Spread(0.1, "twice the spread")
+    word, why = verdict.transfer("minimise", new, first, noise, True)
+    assert f"{word}: {why}".startswith(expected)
+
+
+def test_a_gain_is_held_against_the_luck_of_seeds_where_that_is_known(toy: Lab) -> None:
+    low, high = metrics(2.0, 2.2)
+    one_seed = [("screen", 1, low), ("screen", 1, high)]
+    seeds = [("confirm", 2, low), ("confirm", 3, high)]
+    known = spread(toy.state, THEN, *one_seed, *seeds, seeds=True)
+    assert (known.tolerance, "of seeds" in known.words) == (pytest.approx(2 * 0.02**0.5), True)
+    assert "on one seed" in spread(toy.state, THEN, *one_seed, seeds=True).words
+
+
+def spread(
+    state: State, old: Result, *runs: tuple[str, int, Result], seeds: bool = False
+) -> Spread:
     """What is known where e0002 had these runs: (purpose, seed, result)."""
     first = state.record("e0002").runs[0]
     again = tuple(
@@ -260,7 +301,7 @@ def spread(state: State, old: Result, *runs: tuple[str, int, Result]) -> Spread:
     )
     records = state.records.thaw()
     records.replace(1, state.record("e0002")._replace(runs=again))
-    return verdict.spread(dataclasses.replace(state, records=records), old, True)
+    return verdict.spread(dataclasses.replace(state, records=records), old, True, seeds)
 
 
 def test_the_spread_is_of_one_seed_else_of_seeds_else_our_own(toy: Lab) -> None:
