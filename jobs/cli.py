@@ -500,6 +500,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from jobs.screen import Screen
 
     clone = _clone(arguments)
+    asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
+    wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
     screen = Screen(sys.stderr if arguments.json else sys.stdout)
     if arguments.all_keeps:
         branches = clone.state.branches
@@ -507,19 +509,19 @@ def reproduce(arguments: argparse.Namespace) -> int:
         if unknown := set(named) - set(branches):
             raise UserError(f"--all-keeps takes a branch: {unknown.pop()!r} is none")
         records = [record for branch in named for record in clone.state.chain(branch)]
+        reports = reproduce.run_each(clone, records, wish, screen.show)
     elif arguments.experiment:
-        records = [recorded.find(clone, arguments.experiment)]
+        record = recorded.find(clone, arguments.experiment)
+        reports = iter([reproduce.run(clone, record, wish, screen.show)])
     else:
         raise UserError("name an experiment, a commit or a branch, or say --all-keeps")
-    if not records:
-        raise UserError(f"nothing was kept yet on {', '.join(named)}")
-    asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
-    wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
     told = []
-    for record in records:
-        told.append(reproduce.run(clone, record, wish, screen.show))
+    for one in reports:
+        told.append(one)
         if not arguments.json:
-            screen.say(reproduce.text(clone.state, told[-1]))
+            screen.say(reproduce.text(clone.state, one))
+    if not told:
+        raise UserError(f"nothing to run: no keep{' beside the baselines' if wish.other else ''}")
     if arguments.json:
         print(json.dumps(told, indent=1))
     found = {verdict.EXIT[one["verdict"]] for one in told}

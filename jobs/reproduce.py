@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from jobs import (
     verdict,
 )
 from jobs.config import Config
-from jobs.errors import UserError
+from jobs.errors import AutoresearchError, UserError
 from jobs.history import State
 from jobs.model import Experiment, Result
 from jobs.recorded import INSTALL, Clone, Original, budgeted, original, require
@@ -160,8 +160,34 @@ def _other_image(one: Original, site: materialise.Site, clone: Clone) -> tuple[s
 # -- the command ----------------------------------------------------------------------------------
 
 
-def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -> dict[str, Any]:
+Beside = dict[tuple[str, str], list[Result]]  # what baselines gave, by their id and settings
+
+
+def run_each(
+    clone: Clone, records: Iterable[Record], wish: Wish, show: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Reports of several experiments; one that cannot be run has `failed`, and the rest goes on."""
+    beside: Beside = {}
+    for record in records:
+        if wish.other and record.parent is None:
+            continue  # a baseline runs beside the others, and has no gain of its own
+        try:
+            yield run(clone, record, wish, show, beside)
+        except (AutoresearchError, OSError) as error:
+            yield _head(record, wish) | {"verdict": verdict.FAILED, "why": str(error)}
+
+
+def run(
+    clone: Clone,
+    record: Record,
+    wish: Wish,
+    show: Callable[[str], None],
+    beside: Beside | None = None,
+) -> dict[str, Any]:
     """Rerun one experiment, and where the wish changes something its baseline beside it.
+
+    Args:
+        beside: baselines that ran already for others; what is run here is added.
 
     Returns:
         The report, as JSON; `text` puts it into words.
@@ -176,13 +202,9 @@ def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -
     image, alike = _other_image(one, site, clone)
     notes += [image] if image else []
     folder = _new_folder(clone.directory / "reproductions" / record.id)
-    new, baseline = _rerun(clone, one, wish, replace(site, campaign_dir=folder), show)
-    told = {
-        "experiment": record.id,
-        "commit": record.commit,
-        "branch": record.branch,
-        "description": record.description,
-        "changed": wish.other,
+    site = replace(site, campaign_dir=folder)
+    new, baseline = _rerun(clone, one, wish, site, show, {} if beside is None else beside)
+    told = _head(record, wish) | {
         "original": _brief(one.result),
         "runs": [_brief(result) for result in new],
         "baseline": [_brief(result) for result in baseline],
@@ -199,6 +221,12 @@ def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -
     return told
 
 
+def _head(record: Record, wish: Wish) -> dict[str, Any]:
+    told = ("commit", "branch", "description")
+    facts = {name: getattr(record, name) for name in told}
+    return {"experiment": record.id} | facts | {"changed": wish.other}
+
+
 def _new_folder(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
@@ -207,7 +235,12 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _rerun(
-    clone: Clone, one: Original, wish: Wish, site: materialise.Site, show: Callable[[str], None]
+    clone: Clone,
+    one: Original,
+    wish: Wish,
+    site: materialise.Site,
+    show: Callable[[str], None],
+    beside: Beside,
 ) -> tuple[list[Result], list[Result]]:
     """Results of the experiment, and of its baseline where the wish changes something."""
     chosen, name = site.config, one.experiment.id
@@ -216,14 +249,17 @@ def _rerun(
     site = campaign.export_scorer(site, clone.repository, clone.state)
     sources = {name: one}
     baseline = clone.state.branch(one.experiment.branch).baseline
-    if wish.other and baseline is not None and baseline != name:
+    key = baseline or "", json.dumps(config.to_dict(chosen))
+    if wish.other and baseline is not None and baseline != name and key not in beside:
         sources[baseline] = original(clone, clone.state.record(baseline))
     again = [_changed(source, wish, chosen, clone) for source in sources.values()]
     state = rerun.afresh(clone.state, again, timed=not wish.other)
-    wanted = [(key, source.run.seed) for key, source in sources.items()] * wish.times
+    wanted = [(each, source.run.seed) for each, source in sources.items()] * wish.times
     executor = submission.executor(chosen.executor, site.campaign_dir)
     results = rerun.run_all(site, clone.repository, executor, state, wanted, show)
-    return results.pop(name), [result for found in results.values() for result in found]
+    if baseline in sources and baseline != name:
+        beside[key] = results[baseline]
+    return results[name], beside.get(key, [])
 
 
 def _judged(
@@ -250,6 +286,10 @@ def _brief(result: Result) -> dict[str, Any]:
 
 def text(state: State, told: Mapping[str, Any]) -> str:
     """A report in words."""
+    title = f"{told['experiment']}  {told['commit'][:10]}  {told['branch']}  {told['description']}"
+    closing = f"{told['verdict']}: {told['why']}"
+    if told["verdict"] == verdict.FAILED:
+        return f"{title}\n{closing}"
     rows = [("", "status", report.metric_name(state), "time", "where")]
     for kind, results in (
         *(("then", [told["original"]]), ("again", told["runs"])),
@@ -259,10 +299,9 @@ def text(state: State, told: Mapping[str, Any]) -> str:
             took = report.duration(r["total_s"]) if r["total_s"] else ""
             where = f"{r['node']}, {r['gpu'] or r['cpu'] or 'unknown processor'}"
             rows.append((kind, r["status"], value(state, r["metric"]), took, where))
-    title = f"{told['experiment']}  {told['commit'][:10]}  {told['branch']}  {told['description']}"
     lines = [title, *(f"  {change}" for change in told["changed"]), *columns(rows)]
     if told["difference"] is not None and not told["changed"]:
         allowed = f"allowed are {told['tolerance']:.3g}, {told['spread']}"
         lines.append(f"  difference {told['difference']:+.6g}; {allowed}")
     lines += [f"  note: {note}" for note in told["notes"]]
-    return "\n".join([*lines, f"{told['verdict']}: {told['why']}"])
+    return "\n".join([*lines, closing])

@@ -14,7 +14,8 @@ from jobs.history import RunRecord, State
 from jobs.model import Result
 
 REPRODUCED, DIFFERENT, INCOMPARABLE = "reproduced", "not reproduced", "not comparable"
-EXIT = {REPRODUCED: 0, DIFFERENT: 1, INCOMPARABLE: 4}
+FAILED = "failed"  # of several: this one could not be run
+EXIT = {REPRODUCED: 0, DIFFERENT: 1, INCOMPARABLE: 4, FAILED: 1}
 SAME_SEED, FRESH_SEEDS = 5.0, 2.0  # tolerance, in standard deviations of the known spread
 OWN = 0.002  # of the metric, where the campaign knows no spread
 FLOOR = 1e-6  # two runs that happened to be identical are no promise against a float's last digits

@@ -11,11 +11,12 @@ from pathlib import Path
 import ended
 import pytest
 from ended import autoresearch
-from toylab import Lab
+from toylab import Lab, change
 
 from containers import images, remote
 from jobs import container, process, submission, verdict
 from jobs import lab as labs
+from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Result, Submission, to_json
 from jobs.verdict import Spread
@@ -59,6 +60,31 @@ def test_every_keep_is_rerun_by_one_command(fresh: Path) -> None:
     status, said = autoresearch(fresh, "reproduce", "--all-keeps")
     assert status == 0
     assert [line[:5] for line in said.splitlines() if line.startswith("e0")] == ["e0001", "e0002"]
+
+
+def test_a_baseline_runs_once_beside_all_keeps_and_one_that_fails_stops_no_other(
+    make_lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = make_lab(change(X=1.5), change(X=1.2), change(X=1), limits={"experiments": 4})
+    lab.git("add", "campaign.yaml")
+    lab.git("commit", "--quiet", "--message", "settings")
+    lab.run()
+    folder = ended.clone(lab, tmp_path / "clone")
+    assert autoresearch(folder, "fetch", "origin")[0] == 0
+    started, submit = [], submission.LocalExecutor.submit
+
+    def counted(self, run, *rest):
+        started.append(run.experiment)
+        if run.experiment == "e0003":
+            raise UserError("this one cannot start")
+        return submit(self, run, *rest)
+
+    monkeypatch.setattr(submission.LocalExecutor, "submit", counted)
+    status, said = autoresearch(folder, "reproduce", "--all-keeps", "--set", "Y=2")
+    assert started == ["e0002", "e0001", "e0003", "e0004"]
+    assert (status, "failed: this one cannot start" in said) == (1, True), said
+    assert said.count("reproduced: gain over its baseline: +") == 2
+    assert said.count("\n  baseline") == 2
 
 
 def test_changed_constants_run_with_the_baseline_beside(fresh: Path) -> None:
