@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import disk, lab, materialise, mirror, report
+from jobs import disk, lab, materialise, report
 from jobs.errors import UserError
 from jobs.model import Run, to_json
-from jobs.recorded import INSTALL, Clone, Original, original, require
+from jobs.recorded import INSTALL, Clone, Original, kept, original, require
 from jobs.records import Record
 from jobs.text import one_line
 from trainer import prepare
@@ -81,10 +81,7 @@ def make(clone: Clone, record: Record, target: Path) -> Path:
     disk.remove(draft)
     _program(one, clone, draft)
     seal.copy_sealed(lab.TRAINER, draft / "trainer")
-    try:
-        records = mirror.load_records(clone.repository, clone.state.campaign)
-    except UserError:
-        records = {}  # never copied into git yet
+    records = kept(clone)
     _facts(one, clone, record, records, draft)
     _command(one, clone, records, draft)
     draft.rename(target)

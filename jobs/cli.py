@@ -228,7 +228,8 @@ def prepare(arguments: argparse.Namespace) -> int:
         raise UserError("a task of your own has no corpus: nothing to prepare")
     folder = campaign.data_folder(config)
     lab.prepare(config.data.corpus, config.data.scale, folder, tuple(arguments.rest))
-    print(f"{config.data.corpus} for scale {config.data.scale} lies in {folder}")
+    if not arguments.rest:  # else it may be another corpus, elsewhere; it said where itself
+        print(f"{config.data.corpus} for scale {config.data.scale} lies in {folder}")
     return 0
 
 

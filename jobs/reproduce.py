@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from jobs import (
     config,
     lab,
     materialise,
-    mirror,
     names,
     report,
     rerun,
@@ -28,7 +28,7 @@ from jobs.config import Config
 from jobs.errors import AutoresearchError, UserError
 from jobs.history import State
 from jobs.model import Experiment, Result
-from jobs.recorded import INSTALL, Clone, Original, budgeted, original, require
+from jobs.recorded import INSTALL, Clone, Original, budgeted, kept, original, require
 from jobs.records import Record
 from jobs.tables import value, write_whole
 from jobs.text import columns
@@ -88,7 +88,7 @@ class Wish:
 
 
 def checked_site(
-    one: Original, wish: Wish, chosen: Config, root: Path, note: Callable[[str], None]
+    one: Original, wish: Wish, chosen: Config, clone: Clone, note: Callable[[str], None]
 ) -> materialise.Site:
     """Evaluator, data and image, each held against what the commit recorded.
 
@@ -96,13 +96,18 @@ def checked_site(
         UserError: one of them is missing, or another; with both hashes and what to do.
     """
     bare = replace(chosen, executor=replace(chosen.executor, image=None))
-    made = replace(campaign.site(bare, root), config=chosen, caches=None)
+    recorded = None if wish.scale else one.fact("Data-Manifest-SHA256")
+    if chosen.task.kind == "nanochat" and not _manifest(chosen).exists():
+        must = f"; its manifest must have sha256 {recorded}" if recorded else ""
+        how = _prepared_by(one, chosen, campaign.data_folder(chosen), clone)
+        raise UserError(f"{_manifest(chosen)} is missing. Prepare that data: {how}{must}")
+    made = replace(campaign.site(bare, clone.repository.root), config=chosen, caches=None)
     found = made.facts["evaluator_sha256"]
     require("evaluator", one.fact("Evaluator-SHA256"), found, INSTALL)
     if made.data is not None:
         if not wish.scale:
-            recorded, found = one.fact("Data-Manifest-SHA256"), made.facts["data_manifest_sha256"]
-            again = "Prepare an empty folder (autoresearch prepare -- --data DIR), say --data DIR"
+            how = _prepared_by(one, chosen, Path("DIR"), clone)
+            found, again = made.facts["data_manifest_sha256"], f"Prepare it ({how}), say --data DIR"
             require(f"data manifest in {made.data}", recorded, found, again)
         _verify(made.data)
     sha256 = one.fact("Container-SHA256")
@@ -114,12 +119,26 @@ def checked_site(
 
     store = images.default_store(chosen.executor.images)
     known = one.fact("Container-Tag") or "", one.fact("Registry-Digest")
-    kept = names.records_ref(one.trailers["Campaign"])
+    ref = names.records_ref(one.trailers["Campaign"])
     try:
-        by = wish.image or container.recorded(store, sha256, *known, kept, note)
+        by = wish.image or container.recorded(store, sha256, *known, ref, note)
         return container.contained(made, by)
     except ImageError as error:
         raise UserError(str(error)) from error  # exit status 1 says that it was not reproduced
+
+
+def _manifest(chosen: Config) -> Path:
+    return campaign.data_folder(chosen) / "manifest.json"
+
+
+def _prepared_by(one: Original, chosen: Config, folder: Path, clone: Clone) -> str:
+    """The command that prepares the data of these settings as the experiment's was."""
+    named = [] if clone.here else ["--campaign", one.trailers["Campaign"]]
+    words = [*named, "--", "--corpus", chosen.data.corpus, "--scale", chosen.data.scale]
+    name = f"data-{(one.fact('Data-Manifest-SHA256') or '')[:16]}.json"
+    if shards := json.loads(kept(clone).get(name, b"{}")).get("training_shards"):
+        words += ["--shards", str(shards)]
+    return shlex.join(["autoresearch", "prepare", *words, "--data", str(folder)])
 
 
 def _verify(data: Path) -> None:
@@ -150,9 +169,8 @@ def _other_image(one: Original, site: materialise.Site, clone: Clone) -> tuple[s
     recorded = one.fact("Container-SHA256") or ""
     if site.image is None or site.image.sha256 == recorded:
         return "", True
-    records = mirror.load_records(clone.repository, clone.state.campaign)
-    kept = json.loads(records.get(f"image-{recorded[:16]}.json", b"{}"))
-    differ = sorted(set(kept.get("packages", ())) ^ set(site.image.packages))
+    then = json.loads(kept(clone).get(f"image-{recorded[:16]}.json", b"{}"))
+    differ = sorted(set(then.get("packages", ())) ^ set(site.image.packages))
     told = f"image was {recorded}, is {site.image.sha256}: {len(differ)} packages differ"
     return told + "".join(f", {name}" for name in differ[:6]), not differ
 
@@ -198,7 +216,7 @@ def run(
     one = original(clone, record)
     notes: list[str] = []
     chosen = wish.settings(one, clone.here)
-    site = checked_site(one, wish, chosen, clone.repository.root, notes.append)
+    site = checked_site(one, wish, chosen, clone, notes.append)
     image, alike = _other_image(one, site, clone)
     notes += [image] if image else []
     folder = _new_folder(clone.directory / "reproductions" / record.id)

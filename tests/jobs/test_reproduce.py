@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,11 +15,12 @@ from ended import autoresearch
 from toylab import Lab, change
 
 from containers import images, remote
-from jobs import container, process, submission, verdict
+from jobs import container, mirror, process, submission, verdict
 from jobs import lab as labs
 from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Result, Submission, to_json
+from jobs.repository import Repository
 from jobs.verdict import Spread
 
 
@@ -222,8 +224,20 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
     assert status == 2
     assert "another data manifest in" in said
     assert said.count("sha256 ") == 2
-    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(tmp_path / "none"))
-    assert (status, "autoresearch prepare" in said) == (2, True)
+    none = tmp_path / "none"
+    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(none))
+    command = f"autoresearch prepare -- --corpus stdlib --scale cpu --data {none}"
+    assert (status, command in said) == (2, True), said
+    recorded = hashlib.sha256((ended.runs.data_folder() / "manifest.json").read_bytes())
+    assert f"its manifest must have sha256 {recorded.hexdigest()}" in said
+    record = f"data-{recorded.hexdigest()[:16]}.json"
+    repository = Repository(folder)
+    mirror.save_records(repository, tiny.name, {record: b'{"training_shards": 7}'})
+    (folder / "campaign.yaml").unlink()
+    words = ("reproduce", "e0002", "--campaign", tiny.name, "--data", str(none))
+    status, said = autoresearch(folder, *words)
+    command = f"prepare --campaign {tiny.name} -- --corpus stdlib --scale cpu --shards 7 --data"
+    assert (status, command in said) == (2, True), said
 
 
 # -- the verdict ----------------------------------------------------------------------------------
