@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import AutoresearchError, UserError
+from jobs.errors import AutoresearchError, LeaseHeld, UserError
 from jobs.screen import Screen
 
 ABOUT = """\
@@ -317,7 +317,7 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
-    from jobs import campaign, inbox, lease, report
+    from jobs import campaign, inbox, report
     from jobs.repository import Repository
 
     directory, root = _directory(arguments), _root(arguments)
@@ -333,12 +333,11 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
         details["experiment"] = report.find(state, details["experiment"]).id
     if order == "tell":
         inbox.note(details["text"])
-    holder = lease.holder(directory)
-    idle = holder is None or holder.gone(_config(arguments).lease.stale_after)
-    if idle and order == "stop":
+    holder = _holder(arguments)
+    if holder is None and order == "stop":
         raise UserError(f"nothing to stop: no controller runs campaign {state.campaign}")
     inbox.send(directory, order, **details)
-    if idle:
+    if holder is None:
         print(f"{order}: left in {directory / 'inbox'}; obeyed when `autoresearch run` starts")
     else:
         print(f"{order}: left for {holder}")
@@ -350,12 +349,11 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
 
 @command
 def status(arguments: argparse.Namespace) -> int:
-    from jobs import lease, report
+    from jobs import report
 
-    state, directory = _state(arguments)
-    holder = lease.holder(directory)
-    running = holder is not None and not holder.gone(_config(arguments).lease.stale_after)
-    controller = str(holder) if running else None
+    state, _ = _state(arguments)
+    holder = _holder(arguments)
+    controller = str(holder) if holder else None
     if arguments.json:
         print(json.dumps(report.summary(state, controller), indent=1))
     else:
@@ -467,12 +465,15 @@ def compare(arguments: argparse.Namespace) -> int:
 
 @command
 def push(arguments: argparse.Namespace) -> int:
-    from jobs import campaign, lease, mirror, report
+    from jobs import campaign, mirror, report
     from jobs.repository import Repository
 
     repository, config = Repository(_root(arguments)), _config(arguments)
-    ledger, holder = _directory(arguments) / "ledger.jsonl", lease.holder(_directory(arguments))
-    if ledger.exists() and (holder is None or holder.gone(config.lease.stale_after)):
+    ledger = _directory(arguments) / "ledger.jsonl"
+    if holder := _holder(arguments):
+        told = f"it is run here by {holder}; what that has not copied into git yet is not sent"
+        print(f"autoresearch push: {told}", file=sys.stderr)
+    elif ledger.exists():
         campaign.restore(config, _root(arguments))  # else records that are newer would be lost
         report.mirror_notes(repository, _state(arguments)[0])
         mirror.save_ledger(repository, config.campaign, ledger)
@@ -487,6 +488,8 @@ def fetch(arguments: argparse.Namespace) -> int:
     from jobs.repository import Repository
 
     config = _config(arguments)
+    if holder := _holder(arguments):
+        raise LeaseHeld(f"{config.campaign} is run here by {holder}. Stop that first")
     mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
     campaign.restore(config, _root(arguments))
     state, directory = _state(arguments)
@@ -604,6 +607,15 @@ def _directory(arguments: argparse.Namespace) -> Path:
     from jobs import campaign
 
     return campaign.folder(_config(arguments), _root(arguments))
+
+
+def _holder(arguments: argparse.Namespace) -> Any:
+    """Who runs the campaign here now; None: nobody."""
+    from jobs import lease
+
+    holder = lease.holder(_directory(arguments))
+    gone = holder is None or holder.gone(_config(arguments).lease.stale_after)
+    return None if gone else holder
 
 
 def _state(arguments: argparse.Namespace) -> tuple[Any, Path]:

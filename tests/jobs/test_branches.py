@@ -17,7 +17,7 @@ from toylab import GIT, Lab, change, check_books
 
 from agent import brief
 from agent.researcher import Context
-from jobs import compare, process, submission
+from jobs import compare, lease, process, submission
 from jobs.config import Executor
 from jobs.errors import ConfigError, UserError
 from jobs.evidence import Evidence
@@ -374,6 +374,21 @@ def test_a_campaign_goes_on_in_another_clone_and_comes_back(
     assert autoresearch(clone, "push", "origin")[0] == 0
     status, said = autoresearch(lab.root, "push", bare)
     assert (status, "autoresearch fetch" in said) == (1, True), said
+    status, said = autoresearch(lab.root, "fetch", bare)
+    assert (status, "went on both here and elsewhere" in said) == (1, True), said
+
+
+def test_no_fetch_into_a_campaign_that_runs_here_and_a_push_says_what_it_lacks(
+    toy: Lab, tmp_path: Path
+) -> None:
+    clone = ended.clone(toy, tmp_path / "clone")
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
+    with lease.acquire(clone / "campaigns" / toy.name):
+        status, said = autoresearch(clone, "fetch", "origin")
+        assert (status, f"is run here by process {os.getpid()}" in said) == (1, True), said
+        status, said = autoresearch(clone, "push", "origin")
+        assert (status, "has not copied into git yet is not sent" in said) == (0, True), said
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
 
 
 def collect(folder: Path) -> None:
