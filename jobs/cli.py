@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"autoresearch {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nleft at once; `autoresearch run` resumes", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(
+            f"\n{error}" if error.args else "\nleft at once; `autoresearch run` resumes",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import ended
 import pytest
+import toylab
 from ended import autoresearch
 from toylab import Lab, change
 
@@ -119,6 +121,22 @@ def test_what_infrastructure_kills_is_tried_again_and_then_not_comparable(
     Dying.left = 9
     status, said = autoresearch(fresh, "reproduce", "e0002")
     assert (status, "not comparable: infrastructure ended it" in said) == (4, True), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_runs_of_a_rerun_and_then_the_command(
+    toy: Lab, fresh: Path, number: int
+) -> None:
+    clone = toy.at(fresh)
+    words = ("reproduce", "--all-keeps", "--set", "NAP=60", "--times", "2")
+    with toylab.ended(clone.start(*words)) as process:
+        again = f"{toy.name}/reproductions/*/*/runs/*/*/claim.json"
+        toylab.eventually(lambda: list(fresh.glob(f"campaigns/{again}")))
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[0]
+    assert (process.returncode, "interrupted: its runs are ended" in said) == (130, True), said
+    toylab.eventually(lambda: not clone.strays(), within=2)
+    assert len(list(fresh.glob(f"campaigns/{again}"))) == 1  # and no other began
 
 
 # -- what is not an experiment, not here, not unique -----------------------------------------------
