@@ -75,14 +75,24 @@ def _made_alike(old: Result, other: Result, contained: bool) -> bool:
 
 
 def differences(old: Result, new: Result, contained: bool) -> list[str]:
-    """What forbids comparing two runs: another GPU, without one another CPU; other versions."""
+    """What forbids comparing two runs: another processor, other versions, too little time."""
     pairs: list[tuple[str, Any, Any]] = [("GPU", old.gpu or "none", new.gpu or "none")]
     if old.gpu is None and new.gpu is None:
         pairs = [("CPU", old.details.get("cpu"), new.details.get("cpu"))]
     if not contained:
         then, now = (_versions(result) for result in (old, new))
         pairs += [(name, then[name], now.get(name)) for name in then]
-    return [f"{what} was {a}, is {b}" for what, a, b in pairs if a and b and a != b]
+    reasons = [f"{what} was {a}, is {b}" for what, a, b in pairs if a and b and a != b]
+    late = [when for when, result in (("was", old), ("is", new)) if _out_of_time(result)]
+    return reasons + [
+        f"its feed {when} closed by the time ceiling, short of tokens" for when in late
+    ]
+
+
+def _out_of_time(result: Result) -> bool:
+    """Whether a budget of tokens was cut by the clock: how far it came is the machine's doing."""
+    kind = (result.details.get("budget") or {}).get("kind")
+    return kind == "tokens" and result.details.get("closed_by") == "wall"
 
 
 def _versions(result: Result) -> Mapping[str, Any]:

@@ -309,6 +309,17 @@ def test_another_gpu_or_without_one_another_cpu_is_not_comparable() -> None:
     assert verdict.judge(THEN, metrics(2.0), Spread(0, ""), told)[0] == "not comparable"
 
 
+def test_a_budget_of_tokens_that_the_clock_cut_is_no_measure() -> None:
+    tokens, wall = ({"budget": {"kind": kind, "amount": 9.0}} for kind in ("tokens", "wall"))
+    whole, cut = (THEN, dataclasses.replace(THEN, details=tokens | {"closed_by": "wall"}))
+    assert verdict.differences(whole, cut, True) == [
+        "its feed is closed by the time ceiling, short of tokens"
+    ]
+    assert "its feed was closed" in verdict.differences(cut, whole, True)[0]
+    timed = dataclasses.replace(THEN, details=wall | {"closed_by": "wall"})
+    assert verdict.differences(timed, timed, True) == []
+
+
 @pytest.mark.parametrize(
     ("new", "first", "expected"),
     [
