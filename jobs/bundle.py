@@ -8,15 +8,16 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from jobs import disk, lab, materialise, mirror, report
+import yaml
+
+from jobs import campaign, config, disk, lab, materialise, report
+from jobs.config import Config
 from jobs.errors import UserError
 from jobs.model import Run, to_json
-from jobs.recorded import INSTALL, Clone, Original, original, require
+from jobs.recorded import INSTALL, Clone, Original, kept, original, require
 from jobs.records import Record
 from jobs.text import one_line
-from trainer import prepare
 
 HERE, DATA, OUT = "/bundle", "/data", "/out"  # where a container sees the folders
 
@@ -34,8 +35,9 @@ mkdir "$out"
 """
 CHECK_DATA = """\
 data=${{DATA:-{data}}}  # as `autoresearch prepare` made it: {made}
-cmp "$data/manifest.json" "$here/data-manifest.json" || {{
+echo "{sha256}  $data/manifest.json" | sha256sum --check --quiet - || {{
     echo "DATA=FOLDER must name the prepared data of data-manifest.json" >&2; exit 2; }}
+data=$(cd "$data" && pwd)
 """
 PLAIN = """\
 python=${{PYTHON:-python3}}  # with the packages that the program imports
@@ -48,12 +50,14 @@ if task["scorer"]:
     task["scorer"]["files_dir"] = here + "/scorer"
 json.dump(task, open(out + "/task.json", "w"))
 END
-cd / && PYTHONPATH=$here/trainer "$python" -m referee.wrapper "$out"
+PYTHONPATH=$here/trainer "$python" -P -m referee.wrapper "$out"
 """
 CONTAINED = """\
 image=${{IMAGE:-{image}}}  # {tag}: a file, or oras://...@sha256:...
 if [ -f "$image" ]; then
     echo "{sha256}  $image" | sha256sum --check --quiet -
+elif [ "${{image#*://}}" = "$image" ]; then
+    echo "IMAGE=FILE must name the image {tag}, sha256 {sha256}" >&2; exit 2
 fi
 cp "$here/task.json" "$out/"
 apptainer exec --containall --cleanenv --no-home {nv}--pwd / --bind "$here:{here}:ro" {bind} \\
@@ -81,10 +85,7 @@ def make(clone: Clone, record: Record, target: Path) -> Path:
     disk.remove(draft)
     _program(one, clone, draft)
     seal.copy_sealed(lab.TRAINER, draft / "trainer")
-    try:
-        records = mirror.load_records(clone.repository, clone.state.campaign)
-    except UserError:
-        records = {}  # never copied into git yet
+    records = kept(clone)
     _facts(one, clone, record, records, draft)
     _command(one, clone, records, draft)
     draft.rename(target)
@@ -113,8 +114,9 @@ def _facts(
         "trailers": dict(one.trailers),
         "results": [to_json(result) for result in state.results(record.id)],
         "decision": decision and to_json(decision),
-        "config": state.config,
     }
+    settings = yaml.safe_dump(config.to_dict(one.config), sort_keys=False)
+    (draft / "campaign.yaml").write_text(settings)
     (draft / "record.json").write_text(json.dumps(told, indent=1))
     (draft / "record.txt").write_text(report.show_text(state, record.id))
     for kind, name in KEPT:
@@ -149,20 +151,24 @@ def _command(one: Original, clone: Clone, records: Mapping[str, bytes], draft: P
     task["isolation"] = "none" if contained else "auto"  # the container is the wall
     (draft / "task.json").write_text(json.dumps(task, indent=1))
     script = draft / "run.sh"
-    script.write_text(_script(one, nanochat, records, chosen.data))
+    script.write_text(_script(one, nanochat, records, chosen))
     script.chmod(0o755)
 
 
-def _script(one: Original, nanochat: bool, records: Mapping[str, bytes], data: Any) -> str:
+def _script(one: Original, nanochat: bool, records: Mapping[str, bytes], chosen: Config) -> str:
     from containers import command
 
     then, sha256 = one.result, one.fact("Container-SHA256")
     told = f"{one.experiment.id}, commit {one.experiment.commit}: {then.status} {then.metric}"
     parts = [HEAD.format(told=told)]
     if nanochat:
-        folder = data.folder or str(prepare.default_folder(data.corpus, data.scale))
-        made = one_line(f"--corpus {data.corpus} --scale {data.scale}")
-        parts.append(CHECK_DATA.format(data=shlex.quote(folder), made=made))
+        data = chosen.data
+        facts = {
+            "data": shlex.quote(str(campaign.data_folder(chosen))),
+            "made": one_line(f"--corpus {data.corpus} --scale {data.scale}"),
+            "sha256": one.fact("Data-Manifest-SHA256"),
+        }
+        parts.append(CHECK_DATA.format(**facts))
     if sha256 is None:
         parts.append(PLAIN.format(data="$data" if nanochat else ""))
     else:

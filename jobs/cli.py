@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import AutoresearchError, UserError
+from jobs.errors import AutoresearchError, LeaseHeld, UserError
 from jobs.screen import Screen
 
 ABOUT = """\
@@ -40,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"autoresearch {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nleft at once; `autoresearch run` resumes", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(
+            f"\n{error}" if error.args else "\nleft at once; `autoresearch run` resumes",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -144,17 +148,29 @@ def _again_options(add: Callable[..., Any], looking: Any, asking: Any) -> None:
     one = add("reproduce", "run an experiment again, and compare: exit status 0, 1 or 4", asking)
     one.add_argument("experiment", nargs="?", help=named)
     one.add_argument("--all-keeps", action="store_true", help="every keep (of the branch named)")
-    one.add_argument("--times", type=int, default=1, metavar="N", help="how often")
+    one.add_argument("--times", type=_positive(int), default=1, metavar="N", help="how often")
     executors = ("local", "slurm", "allocation")
     one.add_argument("--executor", choices=executors, help="where (default: campaign.yaml's)")
     one.add_argument("--data", type=Path, metavar="DIR", help="the prepared data")
     one.add_argument("--image", metavar="TAG", help="another image than the recorded one")
-    one.add_argument("--budget", type=float, help="seconds or tokens; its baseline runs beside it")
+    told = "seconds or tokens; its baseline runs beside it"
+    one.add_argument("--budget", type=_positive(float), help=told)
     one.add_argument("--scale", choices=("cpu", "small", "h100"), help="another size; likewise")
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="likewise")
     one = add("bundle", "an experiment as a folder that runs without this project", looking)
     one.add_argument("experiment", help=named)
     one.add_argument("--to", type=Path, metavar="DIR", help="a new folder")
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
+        what = "a whole number from 1" if kind is int else "a number above 0"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return read
 
 
 def command(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -215,7 +231,8 @@ def prepare(arguments: argparse.Namespace) -> int:
         raise UserError("a task of your own has no corpus: nothing to prepare")
     folder = campaign.data_folder(config)
     lab.prepare(config.data.corpus, config.data.scale, folder, tuple(arguments.rest))
-    print(f"{config.data.corpus} for scale {config.data.scale} lies in {folder}")
+    if not arguments.rest:  # else it may be another corpus, elsewhere; it said where itself
+        print(f"{config.data.corpus} for scale {config.data.scale} lies in {folder}")
     return 0
 
 
@@ -307,7 +324,7 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
-    from jobs import campaign, inbox, lease, report
+    from jobs import campaign, inbox, report
     from jobs.repository import Repository
 
     directory, root = _directory(arguments), _root(arguments)
@@ -323,12 +340,11 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
         details["experiment"] = report.find(state, details["experiment"]).id
     if order == "tell":
         inbox.note(details["text"])
-    holder = lease.holder(directory)
-    idle = holder is None or holder.gone(_config(arguments).lease.stale_after)
-    if idle and order == "stop":
+    holder = _holder(arguments)
+    if holder is None and order == "stop":
         raise UserError(f"nothing to stop: no controller runs campaign {state.campaign}")
     inbox.send(directory, order, **details)
-    if idle:
+    if holder is None:
         print(f"{order}: left in {directory / 'inbox'}; obeyed when `autoresearch run` starts")
     else:
         print(f"{order}: left for {holder}")
@@ -340,12 +356,11 @@ def _order(arguments: argparse.Namespace, order: str, **details: Any) -> int:
 
 @command
 def status(arguments: argparse.Namespace) -> int:
-    from jobs import lease, report
+    from jobs import report
 
-    state, directory = _state(arguments)
-    holder = lease.holder(directory)
-    running = holder is not None and not holder.gone(_config(arguments).lease.stale_after)
-    controller = str(holder) if running else None
+    state, _ = _state(arguments)
+    holder = _holder(arguments)
+    controller = str(holder) if holder else None
     if arguments.json:
         print(json.dumps(report.summary(state, controller), indent=1))
     else:
@@ -457,12 +472,15 @@ def compare(arguments: argparse.Namespace) -> int:
 
 @command
 def push(arguments: argparse.Namespace) -> int:
-    from jobs import campaign, lease, mirror, report
+    from jobs import campaign, mirror, report
     from jobs.repository import Repository
 
     repository, config = Repository(_root(arguments)), _config(arguments)
-    ledger, holder = _directory(arguments) / "ledger.jsonl", lease.holder(_directory(arguments))
-    if ledger.exists() and (holder is None or holder.gone(config.lease.stale_after)):
+    ledger = _directory(arguments) / "ledger.jsonl"
+    if holder := _holder(arguments):
+        told = f"it is run here by {holder}; what that has not copied into git yet is not sent"
+        print(f"autoresearch push: {told}", file=sys.stderr)
+    elif ledger.exists():
         campaign.restore(config, _root(arguments))  # else records that are newer would be lost
         report.mirror_notes(repository, _state(arguments)[0])
         mirror.save_ledger(repository, config.campaign, ledger)
@@ -477,6 +495,8 @@ def fetch(arguments: argparse.Namespace) -> int:
     from jobs.repository import Repository
 
     config = _config(arguments)
+    if holder := _holder(arguments):
+        raise LeaseHeld(f"{config.campaign} is run here by {holder}. Stop that first")
     mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
     campaign.restore(config, _root(arguments))
     state, directory = _state(arguments)
@@ -491,6 +511,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from jobs.screen import Screen
 
     clone = _clone(arguments)
+    asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
+    wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
     screen = Screen(sys.stderr if arguments.json else sys.stdout)
     if arguments.all_keeps:
         branches = clone.state.branches
@@ -498,17 +520,19 @@ def reproduce(arguments: argparse.Namespace) -> int:
         if unknown := set(named) - set(branches):
             raise UserError(f"--all-keeps takes a branch: {unknown.pop()!r} is none")
         records = [record for branch in named for record in clone.state.chain(branch)]
+        reports = reproduce.run_each(clone, records, wish, screen.show)
     elif arguments.experiment:
-        records = [recorded.find(clone, arguments.experiment)]
+        record = recorded.find(clone, arguments.experiment)
+        reports = iter([reproduce.run(clone, record, wish, screen.show)])
     else:
         raise UserError("name an experiment, a commit or a branch, or say --all-keeps")
-    asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
-    wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
     told = []
-    for record in records:
-        told.append(reproduce.run(clone, record, wish, screen.show))
+    for one in reports:
+        told.append(one)
         if not arguments.json:
-            screen.say(reproduce.text(clone.state, told[-1]))
+            screen.say(reproduce.text(clone.state, one))
+    if not told:
+        raise UserError(f"nothing to run: no keep{' beside the baselines' if wish.other else ''}")
     if arguments.json:
         print(json.dumps(told, indent=1))
     found = {verdict.EXIT[one["verdict"]] for one in told}
@@ -527,9 +551,12 @@ def _clone(arguments: argparse.Namespace) -> Any:
 def _numbers(settings: list[str]) -> dict[str, int | float]:
     try:
         pairs = [text.split("=", 1) for text in settings]
-        return {name: int(v) if v.lstrip("-").isdigit() else float(v) for name, v in pairs}
+        found = {name: int(v) if v.lstrip("-").isdigit() else float(v) for name, v in pairs}
+        if all(map(math.isfinite, found.values())):
+            return found
     except ValueError:
-        raise UserError(f"--set {' '.join(settings)}: write NAME=NUMBER") from None
+        pass
+    raise UserError(f"--set {' '.join(settings)}: write NAME=NUMBER")
 
 
 @command
@@ -587,6 +614,15 @@ def _directory(arguments: argparse.Namespace) -> Path:
     from jobs import campaign
 
     return campaign.folder(_config(arguments), _root(arguments))
+
+
+def _holder(arguments: argparse.Namespace) -> Any:
+    """Who runs the campaign here now; None: nobody."""
+    from jobs import lease
+
+    holder = lease.holder(_directory(arguments))
+    gone = holder is None or holder.gone(_config(arguments).lease.stale_after)
+    return None if gone else holder
 
 
 def _state(arguments: argparse.Namespace) -> tuple[Any, Path]:

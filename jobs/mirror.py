@@ -13,12 +13,12 @@ from jobs.effects import effect
 from jobs.errors import AutoresearchError, Paused, UserError
 from jobs.names import check_name, records_ref
 from jobs.objects import FILE, TREE, Entry, Objects
-from jobs.repository import RefMoved, Repository
+from jobs.repository import Move, RefMoved, Repository
 from jobs.tables import write_whole
 from jobs.text import lines
 
 NOTES = "refs/notes/autoresearch"
-INCOMING = "refs/notes/incoming/autoresearch"
+INCOMING = "refs/autoresearch-incoming/"  # what a fetch brings, until it was compared
 CHUNK = 256 << 10  # bytes of ledger in one blob: the last, growing one is stored anew each time
 TRIES = 5
 
@@ -177,28 +177,62 @@ def push(repository: Repository, remote: str, campaign: str) -> None:
 def fetch(repository: Repository, remote: str, campaign: str) -> None:
     """Get a campaign's branches, attempts, records and the notes from a remote (name or URL).
 
-    Notes of both sides are merged; where both have one for a commit, this clone's stays.
+    Notes of both sides are merged; where both have one for a commit, this clone's stays. What has
+    gone further here than there stays, too.
 
     Raises:
         UserError: an odd remote, or no such campaign there.
-        AutoresearchError: git's own words; nothing here is ever overwritten.
+        AutoresearchError: git's own words; or the campaign went on both here and there, and then
+            nothing here has changed.
     """
     _check(remote, campaign)
-    specs = [f"{ref}:{ref}" for ref in _refs(campaign)] + [f"+{NOTES}*:{INCOMING}*"]
+    _forget_incoming(repository)  # of a fetch that was killed
+    wanted = (*_refs(campaign), f"{NOTES}*")
+    specs = [f"+{ref}:{INCOMING}{ref.removeprefix('refs/')}" for ref in wanted]
     # --no-prune: with remote.<name>.prune set, git would delete the attempts not sent there yet
     command = ["fetch", "-q", "--no-tags", "--no-prune", "--no-recurse-submodules"]
-    _transfer(repository, remote, command, specs)
-    if repository.refs(INCOMING):
-        _merge_notes(repository)
-    if not repository.refs(f"refs/autoresearch/{campaign}"):
-        raise UserError(f"{remote} has no campaign {campaign!r}")
+    try:
+        _transfer(repository, remote, command, specs)
+        refs = repository.refs(INCOMING.rstrip("/"))
+        came = {f"refs/{ref.removeprefix(INCOMING)}": commit for ref, commit in refs.items()}
+        if not any(ref.startswith(f"refs/autoresearch/{campaign}/") for ref in came):
+            raise UserError(f"{remote} has no campaign {campaign!r}")
+        notes = [came.pop(ref) for ref in list(came) if ref.startswith(NOTES)]
+        repository.point_all(_moves(repository, campaign, came))
+        if notes:
+            _merge_notes(repository)
+    finally:
+        _forget_incoming(repository)
+
+
+def _moves(repository: Repository, campaign: str, came: Mapping[str, str]) -> list[Move]:
+    """Refs that are not here yet, or that lag behind on the same line."""
+    here = repository.refs(*(ref.removesuffix("/*") for ref in _refs(campaign)))
+    moves: list[Move] = []
+    for ref, there in came.items():
+        now = here.get(ref)
+        if now is None or (now != there and repository.leads_to(now, there)):
+            moves.append((ref, there, now))
+        elif now != there and not repository.leads_to(there, now):
+            raise AutoresearchError(
+                f"campaign {campaign} went on both here and elsewhere: {ref} is {now} here and "
+                f"{there} there, and neither leads to the other. Nothing was changed. One clone "
+                "may run it: to see the other's, fetch into another clone"
+            )
+    return moves
 
 
 def _merge_notes(repository: Repository) -> None:
     name, _, email = repository.identity.partition(" <")
     who = ["-c", f"user.name={name}", "-c", f"user.email={email.rstrip('>')}"]
-    repository.git(*who, "notes", "--ref", NOTES, "merge", "-q", "-s", "ours", INCOMING)
-    repository.git("update-ref", "-d", INCOMING)
+    incoming = f"{INCOMING}{NOTES.removeprefix('refs/')}"
+    repository.git(*who, "notes", "--ref", NOTES, "merge", "-q", "-s", "ours", incoming)
+
+
+def _forget_incoming(repository: Repository) -> None:
+    if found := repository.refs(INCOMING.rstrip("/")):
+        lines = "".join(f"delete {ref}\n" for ref in found)
+        repository.run("update-ref", "--stdin", stdin=lines)
 
 
 def _refs(campaign: str) -> tuple[str, str]:

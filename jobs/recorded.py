@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import config, ledger, materialise, report
+from jobs import config, ledger, materialise, mirror, report
 from jobs.config import Config
 from jobs.errors import UserError
 from jobs.history import State
@@ -54,6 +54,14 @@ class Original:
         length = Budget(**details["budget"]) if details.get("budget") else materialise.budget(then)
         budget = budgeted(length.kind, length.amount, then.budget.startup_free)
         return dataclasses.replace(then, executor=executor, data=data, budget=budget)
+
+
+def kept(clone: Clone) -> dict[str, bytes]:
+    """The campaign's records in git (name -> bytes); none where they were never copied there."""
+    try:
+        return mirror.load_records(clone.repository, clone.state.campaign)
+    except UserError:
+        return {}
 
 
 def budgeted(kind: str, amount: float, free_s: float | None) -> config.Budget:

@@ -272,7 +272,9 @@ def _run_rows(state: State, run: RunRecord, result: Result) -> list[str]:
     rows = [f"run {result.run} ({run.purpose}): {result.status}, {one_line(result.reason)}"]
     known = {f: getattr(result, f) for f in result.__dataclass_fields__}
     left_out = ("run", "status", "reason", "details")
-    facts = {k: v for k, v in known.items() if k not in left_out} | dict(result.details)
+    # result.json calls "metric" what the score is called; here it is the score
+    more = {k: v for k, v in result.details.items() if k not in known}
+    facts = {k: v for k, v in known.items() if k not in left_out} | more
     plain = {k: v for k, v in facts.items() if v is not None and not isinstance(v, Mapping | list)}
     nested = {
         f"{k}.{inner}": v

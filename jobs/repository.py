@@ -268,7 +268,7 @@ class Repository:
                 f"{_short(ref)} is checked out in {used[ref]} and stays at {now and now[:10]} "
                 f"until another branch is (git switch); it is to be at {new[:10]}"
             )
-        if now not in (None, old) and not (old and self._leads_to(now, old)):
+        if now not in (None, old) and not (old and self.leads_to(now, old)):
             raise RefMoved(
                 f"moving {_short(ref)} from {old and old[:10]} to {new[:10]}: it is at {now[:10]}, "
                 f"moved by something else. If that may be lost: git update-ref {ref} {new}"
@@ -310,7 +310,8 @@ class Repository:
                     trouble.append(str(error))
         return trouble
 
-    def _leads_to(self, ancestor: str, commit: str) -> bool:
+    def leads_to(self, ancestor: str, commit: str) -> bool:
+        """Whether `commit` is `ancestor` or descends from it."""
         return self.run("merge-base", "--is-ancestor", ancestor, commit)[0] == 0
 
     def _checked_out(self) -> dict[str, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from jobs import (
     config,
     lab,
     materialise,
-    mirror,
     names,
     report,
     rerun,
@@ -25,10 +25,10 @@ from jobs import (
     verdict,
 )
 from jobs.config import Config
-from jobs.errors import UserError
+from jobs.errors import AutoresearchError, UserError
 from jobs.history import State
 from jobs.model import Experiment, Result
-from jobs.recorded import INSTALL, Clone, Original, budgeted, original, require
+from jobs.recorded import INSTALL, Clone, Original, budgeted, kept, original, require
 from jobs.records import Record
 from jobs.tables import value, write_whole
 from jobs.text import columns
@@ -53,8 +53,21 @@ class Wish:
         return [f"{name} {found}" for name, found in told.items() if found is not None]
 
     def settings(self, one: Original, here: Config | None) -> Config:
-        """Those of the original, with what is wished for."""
+        """Those of the original, with what is wished for.
+
+        Raises:
+            UserError: a wish that means nothing to this experiment.
+        """
         chosen = one.settings(here)
+        for vain, why in (
+            (
+                chosen.task.kind == "general" and (self.budget or self.scale or self.data),
+                "a task of your own has no --budget, --scale or --data",
+            ),
+            (self.image and not one.fact("Container-SHA256"), "it ran in no image: no --image"),
+        ):
+            if vain:
+                raise UserError(f"{one.experiment.id}: {why}")
         if self.executor:
             executor = replace(chosen.executor, kind=self.executor)  # type: ignore[arg-type]
             chosen = replace(chosen, executor=executor)
@@ -65,6 +78,8 @@ class Wish:
             chosen = replace(chosen, data=replace(chosen.data, folder=str(self.data)))
         if self.budget:
             kind, free = materialise.budget(chosen).kind, chosen.budget.startup_free
+            if kind == "tokens" and self.budget != int(self.budget):
+                raise UserError(f"--budget {self.budget:g}: tokens are whole")
             chosen = replace(chosen, budget=budgeted(kind, self.budget, free))
         return chosen
 
@@ -73,7 +88,7 @@ class Wish:
 
 
 def checked_site(
-    one: Original, wish: Wish, chosen: Config, root: Path, note: Callable[[str], None]
+    one: Original, wish: Wish, chosen: Config, clone: Clone, note: Callable[[str], None]
 ) -> materialise.Site:
     """Evaluator, data and image, each held against what the commit recorded.
 
@@ -81,13 +96,18 @@ def checked_site(
         UserError: one of them is missing, or another; with both hashes and what to do.
     """
     bare = replace(chosen, executor=replace(chosen.executor, image=None))
-    made = replace(campaign.site(bare, root), config=chosen, caches=None)
+    recorded = None if wish.scale else one.fact("Data-Manifest-SHA256")
+    if chosen.task.kind == "nanochat" and not _manifest(chosen).exists():
+        must = f"; its manifest must have sha256 {recorded}" if recorded else ""
+        how = _prepared_by(one, chosen, campaign.data_folder(chosen), clone)
+        raise UserError(f"{_manifest(chosen)} is missing. Prepare that data: {how}{must}")
+    made = replace(campaign.site(bare, clone.repository.root), config=chosen, caches=None)
     found = made.facts["evaluator_sha256"]
     require("evaluator", one.fact("Evaluator-SHA256"), found, INSTALL)
     if made.data is not None:
         if not wish.scale:
-            recorded, found = one.fact("Data-Manifest-SHA256"), made.facts["data_manifest_sha256"]
-            again = "Prepare an empty folder (autoresearch prepare -- --data DIR), say --data DIR"
+            how = _prepared_by(one, chosen, Path("DIR"), clone)
+            found, again = made.facts["data_manifest_sha256"], f"Prepare it ({how}), say --data DIR"
             require(f"data manifest in {made.data}", recorded, found, again)
         _verify(made.data)
     sha256 = one.fact("Container-SHA256")
@@ -99,12 +119,26 @@ def checked_site(
 
     store = images.default_store(chosen.executor.images)
     known = one.fact("Container-Tag") or "", one.fact("Registry-Digest")
-    kept = names.records_ref(one.trailers["Campaign"])
+    ref = names.records_ref(one.trailers["Campaign"])
     try:
-        by = wish.image or container.recorded(store, sha256, *known, kept, note)
+        by = wish.image or container.recorded(store, sha256, *known, ref, note)
         return container.contained(made, by)
     except ImageError as error:
         raise UserError(str(error)) from error  # exit status 1 says that it was not reproduced
+
+
+def _manifest(chosen: Config) -> Path:
+    return campaign.data_folder(chosen) / "manifest.json"
+
+
+def _prepared_by(one: Original, chosen: Config, folder: Path, clone: Clone) -> str:
+    """The command that prepares the data of these settings as the experiment's was."""
+    named = [] if clone.here else ["--campaign", one.trailers["Campaign"]]
+    words = [*named, "--", "--corpus", chosen.data.corpus, "--scale", chosen.data.scale]
+    name = f"data-{(one.fact('Data-Manifest-SHA256') or '')[:16]}.json"
+    if shards := json.loads(kept(clone).get(name, b"{}")).get("training_shards"):
+        words += ["--shards", str(shards)]
+    return shlex.join(["autoresearch", "prepare", *words, "--data", str(folder)])
 
 
 def _verify(data: Path) -> None:
@@ -135,9 +169,8 @@ def _other_image(one: Original, site: materialise.Site, clone: Clone) -> tuple[s
     recorded = one.fact("Container-SHA256") or ""
     if site.image is None or site.image.sha256 == recorded:
         return "", True
-    records = mirror.load_records(clone.repository, clone.state.campaign)
-    kept = json.loads(records.get(f"image-{recorded[:16]}.json", b"{}"))
-    differ = sorted(set(kept.get("packages", ())) ^ set(site.image.packages))
+    then = json.loads(kept(clone).get(f"image-{recorded[:16]}.json", b"{}"))
+    differ = sorted(set(then.get("packages", ())) ^ set(site.image.packages))
     told = f"image was {recorded}, is {site.image.sha256}: {len(differ)} packages differ"
     return told + "".join(f", {name}" for name in differ[:6]), not differ
 
@@ -145,8 +178,34 @@ def _other_image(one: Original, site: materialise.Site, clone: Clone) -> tuple[s
 # -- the command ----------------------------------------------------------------------------------
 
 
-def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -> dict[str, Any]:
+Beside = dict[tuple[str, str], list[Result]]  # what baselines gave, by their id and settings
+
+
+def run_each(
+    clone: Clone, records: Iterable[Record], wish: Wish, show: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Reports of several experiments; one that cannot be run has `failed`, and the rest goes on."""
+    beside: Beside = {}
+    for record in records:
+        if wish.other and record.parent is None:
+            continue  # a baseline runs beside the others, and has no gain of its own
+        try:
+            yield run(clone, record, wish, show, beside)
+        except (AutoresearchError, OSError) as error:
+            yield _head(record, wish) | {"verdict": verdict.FAILED, "why": str(error)}
+
+
+def run(
+    clone: Clone,
+    record: Record,
+    wish: Wish,
+    show: Callable[[str], None],
+    beside: Beside | None = None,
+) -> dict[str, Any]:
     """Rerun one experiment, and where the wish changes something its baseline beside it.
+
+    Args:
+        beside: baselines that ran already for others; what is run here is added.
 
     Returns:
         The report, as JSON; `text` puts it into words.
@@ -157,17 +216,13 @@ def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -
     one = original(clone, record)
     notes: list[str] = []
     chosen = wish.settings(one, clone.here)
-    site = checked_site(one, wish, chosen, clone.repository.root, notes.append)
+    site = checked_site(one, wish, chosen, clone, notes.append)
     image, alike = _other_image(one, site, clone)
     notes += [image] if image else []
     folder = _new_folder(clone.directory / "reproductions" / record.id)
-    new, baseline = _rerun(clone, one, wish, replace(site, campaign_dir=folder), show)
-    told = {
-        "experiment": record.id,
-        "commit": record.commit,
-        "branch": record.branch,
-        "description": record.description,
-        "changed": wish.other,
+    site = replace(site, campaign_dir=folder)
+    new, baseline = _rerun(clone, one, wish, site, show, {} if beside is None else beside)
+    told = _head(record, wish) | {
         "original": _brief(one.result),
         "runs": [_brief(result) for result in new],
         "baseline": [_brief(result) for result in baseline],
@@ -176,10 +231,18 @@ def run(clone: Clone, record: Record, wish: Wish, show: Callable[[str], None]) -
     }
     told |= _judged(clone.state, one.result, new, site.image is not None, [] if alike else [image])
     if wish.other:
-        word, why = verdict.transfer(clone.state.direction, new, baseline)
-        told |= {"verdict": word, "why": why}
+        contained = site.image is not None
+        noise = verdict.spread(clone.state, one.result, contained, seeds=True)
+        word, why = verdict.transfer(clone.state.direction, new, baseline, noise, contained)
+        told |= {"verdict": word, "why": why, "tolerance": noise.tolerance, "spread": noise.words}
     write_whole(folder / "report.json", json.dumps(told, indent=1).encode())
     return told
+
+
+def _head(record: Record, wish: Wish) -> dict[str, Any]:
+    told = ("commit", "branch", "description")
+    facts = {name: getattr(record, name) for name in told}
+    return {"experiment": record.id} | facts | {"changed": wish.other}
 
 
 def _new_folder(parent: Path) -> Path:
@@ -190,7 +253,12 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _rerun(
-    clone: Clone, one: Original, wish: Wish, site: materialise.Site, show: Callable[[str], None]
+    clone: Clone,
+    one: Original,
+    wish: Wish,
+    site: materialise.Site,
+    show: Callable[[str], None],
+    beside: Beside,
 ) -> tuple[list[Result], list[Result]]:
     """Results of the experiment, and of its baseline where the wish changes something."""
     chosen, name = site.config, one.experiment.id
@@ -199,20 +267,23 @@ def _rerun(
     site = campaign.export_scorer(site, clone.repository, clone.state)
     sources = {name: one}
     baseline = clone.state.branch(one.experiment.branch).baseline
-    if wish.other and baseline is not None and baseline != name:
+    key = baseline or "", json.dumps(config.to_dict(chosen))
+    if wish.other and baseline is not None and baseline != name and key not in beside:
         sources[baseline] = original(clone, clone.state.record(baseline))
     again = [_changed(source, wish, chosen, clone) for source in sources.values()]
     state = rerun.afresh(clone.state, again, timed=not wish.other)
-    wanted = [(key, source.run.seed) for key, source in sources.items()] * wish.times
+    wanted = [(each, source.run.seed) for each, source in sources.items()] * wish.times
     executor = submission.executor(chosen.executor, site.campaign_dir)
     results = rerun.run_all(site, clone.repository, executor, state, wanted, show)
-    return results.pop(name), [result for found in results.values() for result in found]
+    if baseline in sources and baseline != name:
+        beside[key] = results[baseline]
+    return results[name], beside.get(key, [])
 
 
 def _judged(
     state: State, old: Result, new: Sequence[Result], contained: bool, against: list[str]
 ) -> dict[str, Any]:
-    known = verdict.spread(state, old.metric)
+    known = verdict.spread(state, old, contained)
     reasons = [why for result in new for why in verdict.differences(old, result, contained)]
     word, why = verdict.judge(old, new, known, [*against, *reasons])
     scores = [r.metric for r in new if r.metric is not None]
@@ -233,6 +304,10 @@ def _brief(result: Result) -> dict[str, Any]:
 
 def text(state: State, told: Mapping[str, Any]) -> str:
     """A report in words."""
+    title = f"{told['experiment']}  {told['commit'][:10]}  {told['branch']}  {told['description']}"
+    closing = f"{told['verdict']}: {told['why']}"
+    if told["verdict"] == verdict.FAILED:
+        return f"{title}\n{closing}"
     rows = [("", "status", report.metric_name(state), "time", "where")]
     for kind, results in (
         *(("then", [told["original"]]), ("again", told["runs"])),
@@ -242,10 +317,9 @@ def text(state: State, told: Mapping[str, Any]) -> str:
             took = report.duration(r["total_s"]) if r["total_s"] else ""
             where = f"{r['node']}, {r['gpu'] or r['cpu'] or 'unknown processor'}"
             rows.append((kind, r["status"], value(state, r["metric"]), took, where))
-    title = f"{told['experiment']}  {told['commit'][:10]}  {told['branch']}  {told['description']}"
     lines = [title, *(f"  {change}" for change in told["changed"]), *columns(rows)]
     if told["difference"] is not None and not told["changed"]:
         allowed = f"allowed are {told['tolerance']:.3g}, {told['spread']}"
         lines.append(f"  difference {told['difference']:+.6g}; {allowed}")
     lines += [f"  note: {note}" for note in told["notes"]]
-    return "\n".join([*lines, f"{told['verdict']}: {told['why']}"])
+    return "\n".join([*lines, closing])

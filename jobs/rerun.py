@@ -6,6 +6,7 @@ Nothing of this enters the campaign's ledger: what comes of it is told, and lies
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -63,8 +64,10 @@ def run_all(
 ) -> dict[str, list[Result]]:
     """Run experiments (id, seed) of a state that `afresh` made; their results by id.
 
-    What infrastructure kills is tried again, elsewhere, as often as the settings allow. If this is
-    interrupted, the runs are ended.
+    What infrastructure kills is tried again, elsewhere, as often as the settings allow.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT or SIGTERM, once the runs are ended.
     """
     settings, begun = site.config.executor, time.monotonic()
     journal = Memory(state)
@@ -73,8 +76,13 @@ def run_all(
     attempts: Counter[str] = Counter()
     deaths = 0
     found: dict[str, list[Result]] = {name: [] for name, _ in wanted}
+    signals: list[int] = []  # obeyed between two steps: no run is started and not known
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in numbers}
     try:
         while waiting or journal.state.open_runs:
+            if signals:
+                raise KeyboardInterrupt("interrupted: its runs are ended")
             while waiting and len(journal.state.open_runs) < settings.slots:
                 name, seed, avoid = waiting.pop(0)
                 attempts[name] += 1
@@ -95,4 +103,6 @@ def run_all(
     finally:
         executor.cancel([r.submission for r in journal.state.open_runs.values() if r.submission])
         executor.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return found

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs import materialise, outcome
 from jobs.effects import effect
@@ -137,7 +138,7 @@ class Runs:
         if (missing := [r for r in running if results[r.run.id] is None]) and self._survey_due():
             results |= self._survey(missing)
         found = [(run, results[run.run.id]) for run in running]
-        ended = [(run, self._with_queue(run, result)) for run, result in found if result]
+        ended = [(run, self._with_job(run, result)) for run, result in found if result]
         refused, self._refused = self._refused, {}
         opened = [(self._journal.state.open_runs[run], why) for run, why in refused.items()]
         return ended + [(r, outcome.lost(r.run, why, JobState("absent"))) for r, why in opened]
@@ -154,14 +155,20 @@ class Runs:
         died = dataclasses.replace(result, status="infrastructure", reason=why, metric=None)
         return dataclasses.replace(died, details=details)
 
-    def _with_queue(self, run: OpenRun, result: Result) -> Result:
+    def _with_job(self, run: OpenRun, result: Result) -> Result:
+        """With what its executor knows: which job it was, how long that waited, preemption."""
         self._missing_since.pop(run.run.id, None)
         state = self._states.pop(run.run.id, None)
-        if state is None:
-            return result
-        if state.preempted and result.status == "infrastructure":
-            result = dataclasses.replace(result, details={**result.details, "preempted": True})
-        return dataclasses.replace(result, queue_s=state.queue_s)
+        assert run.submission is not None  # only submitted runs end
+        job: dict[str, Any] = {
+            "executor": run.executor,
+            "job": run.submission.job,
+            "job_name": run.name,
+        }
+        if state and state.preempted and result.status == "infrastructure":
+            job |= {"preempted": True}
+        result = dataclasses.replace(result, details={**result.details, **job})
+        return result if state is None else dataclasses.replace(result, queue_s=state.queue_s)
 
     def _survey_due(self) -> bool:
         every = LOCAL_SURVEY_S if self._local else self._site.config.executor.poll_seconds

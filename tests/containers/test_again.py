@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(cpu_image: Image) -> Iterator[Site]:
-    folder = Path("/var/tmp/autoresearch-test-again")
+    folder = Path(f"/var/tmp/autoresearch-test-again-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     made = Site(person("apptester", folder / "someone"), cpu_image)
     status, said = made("run")
@@ -106,10 +107,12 @@ def test_the_bundle_runs_by_its_plain_apptainer_command(site: Site, cpu_image: I
     assert (target / "image.def").read_text() == cpu_image.definition
     assert "torch" in (target / "image.json").read_text()
     file = site.store / Path(cpu_image.path).name
-    command = ["env", "-i", "PATH=/usr/bin:/bin", f"IMAGE={file}", str(target / "run.sh")]
-    done = subprocess.run(
-        ["runuser", "-u", site.user, "--", *command], capture_output=True, text=True
-    )
+    command = ["runuser", "-u", site.user, "--", "env", "-i", "PATH=/usr/bin:/bin"]
+    done = subprocess.run([*command, str(target / "run.sh")], capture_output=True, text=True)
+    assert (done.returncode, f"sha256 {cpu_image.sha256}" in done.stderr) == (2, True), done.stderr
+    shutil.rmtree(next(target.glob("out-*")))
+    command += [f"IMAGE={file}", str(target / "run.sh")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = target.glob("out-*/result.json")
     recorded = json.loads(site("show", "e0002", "--json")[1])["results"][0]["metric"]

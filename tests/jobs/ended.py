@@ -77,5 +77,8 @@ def autoresearch(folder: Path, *words: str) -> tuple[int, str]:
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(contextlib.redirect_stderr(printed))
-        status = cli.main(list(words))
+        try:
+            status = cli.main(list(words))
+        except SystemExit as end:  # argparse
+            status = int(end.code or 0)
     return status, printed.getvalue()

@@ -17,7 +17,7 @@ from toylab import GIT, Lab, change, check_books
 
 from agent import brief
 from agent.researcher import Context
-from jobs import compare, process, submission
+from jobs import compare, lease, mirror, process, submission
 from jobs.config import Executor
 from jobs.errors import ConfigError, UserError
 from jobs.evidence import Evidence
@@ -336,6 +336,27 @@ def test_a_campaign_reads_the_same_in_another_clone(toy: Lab, tmp_path: Path) ->
         assert notes[0] == notes[1] != ""
 
 
+def test_notes_carry_every_fact_of_a_run(toy: Lab) -> None:
+    repository = Repository(toy.root)
+    assert mirror.noted(repository) >= {r.commit for r in toy.state.experiments()}
+    submitted = {e["submission"]["run"]: e["submission"] for e in toy.events("run_submitted")}
+    for name in ("e0002", "e0003", "e0004"):  # kept, discarded, crashed
+        text = git(
+            toy.root, "notes", "--ref", "autoresearch", "show", toy.state.record(name).commit
+        )
+        (result,) = toy.state.results(name)
+        facts = dict(row.split(": ", 1) for row in text.splitlines() if ": " in row)
+        told = {"seed": "1", "executor": "local", "job": submitted[result.run]["job"]}
+        told |= {"job_name": f"{toy.name}-{result.run}", "node": result.node}
+        told |= {"budget.kind": "tokens", "cpu": result.details["cpu"]}
+        told |= {"versions.python": result.details["versions"]["python"]}
+        assert {key: facts.get(key) for key in told} == told
+        times = {"started", "ended", "total_s", "budget.amount"}
+        assert times <= facts.keys()
+        assert facts.get("metric") == (f"{result.metric:.6g}" if result.ok else None)
+        assert "by greedy" in text
+
+
 def test_records_in_git_are_enough_where_the_campaigns_folder_is_gone(
     toy: Lab, tmp_path: Path
 ) -> None:
@@ -374,6 +395,21 @@ def test_a_campaign_goes_on_in_another_clone_and_comes_back(
     assert autoresearch(clone, "push", "origin")[0] == 0
     status, said = autoresearch(lab.root, "push", bare)
     assert (status, "autoresearch fetch" in said) == (1, True), said
+    status, said = autoresearch(lab.root, "fetch", bare)
+    assert (status, "went on both here and elsewhere" in said) == (1, True), said
+
+
+def test_no_fetch_into_a_campaign_that_runs_here_and_a_push_says_what_it_lacks(
+    toy: Lab, tmp_path: Path
+) -> None:
+    clone = ended.clone(toy, tmp_path / "clone")
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
+    with lease.acquire(clone / "campaigns" / toy.name):
+        status, said = autoresearch(clone, "fetch", "origin")
+        assert (status, f"is run here by process {os.getpid()}" in said) == (1, True), said
+        status, said = autoresearch(clone, "push", "origin")
+        assert (status, "has not copied into git yet is not sent" in said) == (0, True), said
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
 
 
 def collect(folder: Path) -> None:

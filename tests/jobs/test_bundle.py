@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ended
 from ended import autoresearch
 from toylab import Lab
 
+from jobs import cli, config
 from jobs import lab as labs
 
 
@@ -52,6 +55,21 @@ def test_the_plain_command_runs_a_real_run_on_its_own_data(tiny: Lab, tmp_path: 
     assert (result(made)["value"], result(made)["scale"]) == (recorded, "cpu")
 
 
+def test_paths_may_be_relative(tiny: Lab, tmp_path: Path) -> None:
+    """The folder's, the data's, the interpreter's, and that of the script itself."""
+    with contextlib.chdir(tmp_path):
+        words = ("bundle", "e0002", "--to", "bundle", "--config", f"{tiny.root}/campaign.yaml")
+        assert cli.main(list(words)) == 0
+    (tmp_path / "data").symlink_to(ended.runs.data_folder())
+    for where, *script in ((tmp_path, "sh", "bundle/run.sh"), (tmp_path / "bundle", "./run.sh")):
+        own = {"PYTHON": sys.executable, "DATA": str(tmp_path / "data")}
+        environment = {name: os.path.relpath(path, where) for name, path in own.items()}
+        environment["PATH"] = os.environ["PATH"]
+        done = subprocess.run(script, cwd=where, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f'"value": {tiny.state.record("e0002").metric}' in done.stdout
+
+
 def test_other_data_is_refused(tiny: Lab, tmp_path: Path) -> None:
     made = bundle(tiny, "e0002", tmp_path / "bundle")
     (tmp_path / "data").mkdir()
@@ -78,6 +96,7 @@ def test_a_bundle_holds_program_frozen_files_and_records(tiny: Lab, tmp_path: Pa
     assert told["experiment"]["id"] == "e0002"
     assert told["trailers"]["Campaign"] == tiny.name
     assert told["decision"]["verdict"] == "keep"
+    assert config.load(made / "campaign.yaml") == config.load(tiny.root / "campaign.yaml")
     assert told["results"][0]["metric"] == tiny.state.record("e0002").metric
     assert "e0002" in (made / "record.txt").read_text()
     (made / "program" / "trainer" / "train.py").write_text("mine now\n")

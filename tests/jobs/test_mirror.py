@@ -150,7 +150,7 @@ def test_a_campaign_pushed_and_fetched_is_the_same_in_another_clone(
     git(clone.root, "gc", "-q", "--prune=now")
     for below in ("refs/autoresearch", "refs/heads/autoresearch", mirror.NOTES):
         assert clone.refs(below) == repository.refs(below)
-    assert not clone.refs("refs/notes/incoming")
+    assert not clone.refs("refs/autoresearch-incoming")
     assert mirror.load_ledger(clone, "night") == b"{}\n"
     assert shown(clone.root, made[3]) == f"note {made[3]}\n"
 
@@ -176,6 +176,40 @@ def test_fetching_deletes_nothing_and_merges_the_notes_of_both(lab: Path, tmp_pa
         mirror.push(repository, str(tmp_path / "site.git"), "night")
     mirror.fetch(repository, str(tmp_path / "site.git"), "night")
     mirror.push(repository, str(tmp_path / "site.git"), "night")
+
+
+def test_a_clone_that_went_further_stays_and_one_that_went_elsewhere_is_refused(
+    lab: Path, tmp_path: Path
+) -> None:
+    site = str(tmp_path / "site.git")
+    git(tmp_path, "clone", "-q", "--bare", str(lab), "site.git")
+    repository = Repository(lab)
+    first = attempts(repository, 1)[-1]
+    mirror.push(repository, site, "night")
+    git(tmp_path, "clone", "-q", site, "clone")
+    clone = Repository(tmp_path / "clone")
+    mirror.fetch(clone, "origin", "night")
+
+    branch = names.branch_ref("night", "main")
+    ahead = repository.commit(first, {"train.py": "x = 9\n"}, "further", TRAILERS)
+    repository.point(branch, ahead, first)
+    mirror.fetch(repository, site, "night")  # as it was there before: nothing to do
+    assert repository.refs(branch) == {branch: ahead}
+    mirror.push(repository, site, "night")
+    mirror.fetch(clone, "origin", "night")
+    assert clone.refs(branch) == {branch: ahead}
+
+    other = clone.commit(ahead, {"train.py": "x = 8\n"}, "elsewhere", TRAILERS)
+    clone.point(branch, other, ahead)
+    mine = repository.commit(ahead, {"train.py": "x = 7\n"}, "here", TRAILERS)
+    repository.point_all([(branch, mine, ahead), (names.attempt_ref("night", "e7"), mine, None)])
+    mirror.push(repository, site, "night")
+    ours = ("refs/autoresearch", "refs/heads", mirror.NOTES)
+    before = clone.refs(*ours)
+    with pytest.raises(AutoresearchError, match=f"{branch} is {other} here and {mine} there"):
+        mirror.fetch(clone, "origin", "night")
+    assert clone.refs(*ours) == before
+    assert not clone.refs("refs/autoresearch-incoming")
 
 
 def test_what_cannot_be_sent_or_fetched_is_said(lab: Path, tmp_path: Path) -> None:

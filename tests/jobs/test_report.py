@@ -120,10 +120,19 @@ def test_show_says_everything_that_is_recorded() -> None:
     name = night.propose(
         "an idea", hypothesis="it " + EVIL, tags=("lr", "up"), rebased_from="e0001"
     )
-    night.run(name, 0.9, details={"gpu_uuid": "GPU-17", "versions": {"torch": "2.11"}})
+    card = {"gpu_uuid": "GPU-17", "driver": "570.124"}
+    night.run(name, 0.9, details={**card, "versions": {"torch": "2.11"}})
     night.decide(name)
     text = report.show_text(night.state, name, "--- a\n+++ b\n")
-    for piece in ("GPU-17", "versions.torch: 2.11", "lr, up", "greedy 1", "e0001", "+++ b", "H100"):
+    for piece in (
+        *card.values(),
+        "versions.torch: 2.11",
+        "lr, up",
+        "greedy 1",
+        "e0001",
+        "+++ b",
+        "H100",
+    ):
         assert piece in text
     assert "\x1b" not in text
 

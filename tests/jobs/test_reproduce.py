@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import ended
 import pytest
+import toylab
 from ended import autoresearch
-from toylab import Lab
+from toylab import Lab, change
 
 from containers import images, remote
-from jobs import container, process, submission, verdict
+from jobs import container, mirror, process, submission, verdict
 from jobs import lab as labs
+from jobs.errors import UserError
 from jobs.history import State
-from jobs.model import Result, Submission
+from jobs.model import Result, Submission, to_json
+from jobs.repository import Repository
 from jobs.verdict import Spread
 
 
@@ -61,6 +66,31 @@ def test_every_keep_is_rerun_by_one_command(fresh: Path) -> None:
     assert [line[:5] for line in said.splitlines() if line.startswith("e0")] == ["e0001", "e0002"]
 
 
+def test_a_baseline_runs_once_beside_all_keeps_and_one_that_fails_stops_no_other(
+    make_lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = make_lab(change(X=1.5), change(X=1.2), change(X=1), limits={"experiments": 4})
+    lab.git("add", "campaign.yaml")
+    lab.git("commit", "--quiet", "--message", "settings")
+    lab.run()
+    folder = ended.clone(lab, tmp_path / "clone")
+    assert autoresearch(folder, "fetch", "origin")[0] == 0
+    started, submit = [], submission.LocalExecutor.submit
+
+    def counted(self, run, *rest):
+        started.append(run.experiment)
+        if run.experiment == "e0003":
+            raise UserError("this one cannot start")
+        return submit(self, run, *rest)
+
+    monkeypatch.setattr(submission.LocalExecutor, "submit", counted)
+    status, said = autoresearch(folder, "reproduce", "--all-keeps", "--set", "Y=2")
+    assert started == ["e0002", "e0001", "e0003", "e0004"]
+    assert (status, "failed: this one cannot start" in said) == (1, True), said
+    assert said.count("reproduced: gain over its baseline: +") == 2
+    assert said.count("\n  baseline") == 2
+
+
 def test_changed_constants_run_with_the_baseline_beside(fresh: Path) -> None:
     status, said = autoresearch(fresh, "reproduce", "e0003", "--set", "Y=4", "--json")
     (told,) = json.loads(said[said.index("[") :])
@@ -91,6 +121,22 @@ def test_what_infrastructure_kills_is_tried_again_and_then_not_comparable(
     Dying.left = 9
     status, said = autoresearch(fresh, "reproduce", "e0002")
     assert (status, "not comparable: infrastructure ended it" in said) == (4, True), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_runs_of_a_rerun_and_then_the_command(
+    toy: Lab, fresh: Path, number: int
+) -> None:
+    clone = toy.at(fresh)
+    words = ("reproduce", "--all-keeps", "--set", "NAP=60", "--times", "2")
+    with toylab.ended(clone.start(*words)) as process:
+        again = f"{toy.name}/reproductions/*/*/runs/*/*/claim.json"
+        toylab.eventually(lambda: list(fresh.glob(f"campaigns/{again}")))
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[0]
+    assert (process.returncode, "interrupted: its runs are ended" in said) == (130, True), said
+    toylab.eventually(lambda: not clone.strays(), within=2)
+    assert len(list(fresh.glob(f"campaigns/{again}"))) == 1  # and no other began
 
 
 # -- what is not an experiment, not here, not unique -----------------------------------------------
@@ -124,6 +170,33 @@ def test_without_its_records_an_experiments_commit_says_what_to_fetch(
     assert (status, "of e0003 is not in this clone" in said) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (("--times", "0"), "'0' is not a whole number from 1"),
+        (("--times", "-2"), "'-2' is not a whole number from 1"),
+        (("--times", "2.5"), "'2.5' is not a whole number from 1"),
+        (("--budget", "-5"), "'-5' is not a number above 0"),
+        (("--budget", "nan"), "'nan' is not a number above 0"),
+        (("--budget", "inf"), "'inf' is not a number above 0"),
+        (("--budget", "5"), "a task of your own has no --budget"),
+        (("--scale", "small"), "a task of your own has no --budget, --scale"),
+        (("--scale", "huge"), "invalid choice: 'huge'"),
+        (("--data", "/tmp"), "or --data"),
+        (("--image", "cpu"), "it ran in no image"),
+        (("--executor", "cloud"), "invalid choice: 'cloud'"),
+        (("--set", "X=nan"), "write NAME=NUMBER"),
+        (("--set", "X"), "write NAME=NUMBER"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused_before_anything_starts(
+    fresh: Path, wish: tuple[str, ...], words: str
+) -> None:
+    status, said = autoresearch(fresh, "reproduce", "e0002", *wish)
+    assert (status, words in said) == (2, True), said
+    assert not list(fresh.glob("campaigns/*/reproductions"))
+
+
 # -- what must be the same ------------------------------------------------------------------------
 
 
@@ -146,6 +219,8 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
     status, said = autoresearch(folder, "reproduce", "e0002")
     assert (status, "reproduced: identical" in said) == (0, True), said
 
+    status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "0.5")
+    assert (status, "tokens are whole" in said) == (2, True), said
     status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "4096", "--json")
     (told,) = json.loads(said[said.index("[") :])
     assert (status, told["changed"], told["verdict"]) == (0, ["budget 4096.0"], "reproduced")
@@ -167,8 +242,20 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
     assert status == 2
     assert "another data manifest in" in said
     assert said.count("sha256 ") == 2
-    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(tmp_path / "none"))
-    assert (status, "autoresearch prepare" in said) == (2, True)
+    none = tmp_path / "none"
+    status, said = autoresearch(folder, "reproduce", "e0002", "--data", str(none))
+    command = f"autoresearch prepare -- --corpus stdlib --scale cpu --data {none}"
+    assert (status, command in said) == (2, True), said
+    recorded = hashlib.sha256((ended.runs.data_folder() / "manifest.json").read_bytes())
+    assert f"its manifest must have sha256 {recorded.hexdigest()}" in said
+    record = f"data-{recorded.hexdigest()[:16]}.json"
+    repository = Repository(folder)
+    mirror.save_records(repository, tiny.name, {record: b'{"training_shards": 7}'})
+    (folder / "campaign.yaml").unlink()
+    words = ("reproduce", "e0002", "--campaign", tiny.name, "--data", str(none))
+    status, said = autoresearch(folder, *words)
+    command = f"prepare --campaign {tiny.name} -- --corpus stdlib --scale cpu --shards 7 --data"
+    assert (status, command in said) == (2, True), said
 
 
 # -- the verdict ----------------------------------------------------------------------------------
@@ -222,24 +309,96 @@ def test_another_gpu_or_without_one_another_cpu_is_not_comparable() -> None:
     assert verdict.judge(THEN, metrics(2.0), Spread(0, ""), told)[0] == "not comparable"
 
 
+def test_a_budget_of_tokens_that_the_clock_cut_is_no_measure() -> None:
+    tokens, wall = ({"budget": {"kind": kind, "amount": 9.0}} for kind in ("tokens", "wall"))
+    whole, cut = (THEN, dataclasses.replace(THEN, details=tokens | {"closed_by": "wall"}))
+    assert verdict.differences(whole, cut, True) == [
+        "its feed is closed by the time ceiling, short of tokens"
+    ]
+    assert "its feed was closed" in verdict.differences(cut, whole, True)[0]
+    timed = dataclasses.replace(THEN, details=wall | {"closed_by": "wall"})
+    assert verdict.differences(timed, timed, True) == []
+
+
+@pytest.mark.parametrize(
+    ("new", "first", "expected"),
+    [
+        (metrics(1.8), metrics(2.0), "reproduced: gain over its baseline: +0.2"),
+        (metrics(2.2), metrics(2.0), "not reproduced: gain over its baseline: -0.2"),
+        (metrics(1.95), metrics(2.0), "not comparable: gain over its baseline: +0.05, within 0.1"),
+        (metrics(2.05), metrics(2.0), "not comparable: gain over its baseline: -0.05, within 0.1"),
+        (metrics(1.8), [CRASH], "not comparable: without a score of its baseline"),
+        (metrics(1.8), [], "not comparable: without a score of its baseline"),
+        ([CRASH], metrics(2.0), "not reproduced: its baseline has a score, it ends as crash"),
+        (
+            [dataclasses.replace(THEN, gpu="NVIDIA A100", metric=1.8)],
+            metrics(2.0),
+            "not comparable: beside its baseline's run, GPU was",
+        ),
+        (
+            [*metrics(1.8), Result("r", "infrastructure", "node died")],
+            metrics(2.0),
+            "not comparable: infrastructure ended r",
+        ),
+    ],
+)
+def test_a_gain_elsewhere_must_exceed_the_noise(
+    new: list[Result], first: list[Result], expected: str
+) -> None:
+    noise = Spread(0.1, "twice the spread")
+    word, why = verdict.transfer("minimise", new, first, noise, True)
+    assert f"{word}: {why}".startswith(expected)
+
+
+def test_a_gain_is_held_against_the_luck_of_seeds_where_that_is_known(toy: Lab) -> None:
+    low, high = metrics(2.0, 2.2)
+    one_seed = [("screen", 1, low), ("screen", 1, high)]
+    seeds = [("confirm", 2, low), ("confirm", 3, high)]
+    known = spread(toy.state, THEN, *one_seed, *seeds, seeds=True)
+    assert (known.tolerance, "of seeds" in known.words) == (pytest.approx(2 * 0.02**0.5), True)
+    assert "on one seed" in spread(toy.state, THEN, *one_seed, seeds=True).words
+
+
+def spread(
+    state: State, old: Result, *runs: tuple[str, int, Result], seeds: bool = False
+) -> Spread:
+    """What is known where e0002 had these runs: (purpose, seed, result)."""
+    first = state.record("e0002").runs[0]
+    again = tuple(
+        first._replace(metric=r.metric, seed=seed, purpose=purpose, place={"result": to_json(r)})
+        for purpose, seed, r in runs
+    )
+    records = state.records.thaw()
+    records.replace(1, state.record("e0002")._replace(runs=again))
+    return verdict.spread(dataclasses.replace(state, records=records), old, True, seeds)
+
+
 def test_the_spread_is_of_one_seed_else_of_seeds_else_our_own(toy: Lab) -> None:
-    state: State = toy.state
-    assert "no spread" in verdict.spread(state, 2.0).words
-    assert verdict.spread(state, 2.0).tolerance == pytest.approx(0.004)
-    run = state.record("e0002").runs[0]
-    for purpose, seeds, factor, words in (
-        ("confirm", (2, 3), 2, "seeds"),
-        ("screen", (1, 1), 5, "one"),
-    ):
-        again = [
-            run._replace(metric=m, seed=s, purpose=purpose)
-            for m, s in zip((2.0, 2.2), seeds, strict=True)
-        ]
-        records = state.records.thaw()
-        records.replace(1, state.record("e0002")._replace(runs=tuple(again)))
-        known = verdict.spread(dataclasses.replace(state, records=records), 2.0)
-        assert known.tolerance == pytest.approx(factor * 0.02**0.5)
-        assert words in known.words
+    own = spread(toy.state, THEN)
+    assert (own.tolerance, "no spread" in own.words) == (pytest.approx(0.004), True)
+    low, high = metrics(2.0, 2.2)
+    known = spread(toy.state, THEN, ("confirm", 2, low), ("confirm", 3, high))
+    assert (known.tolerance, "of seeds" in known.words) == (pytest.approx(2 * 0.02**0.5), True)
+    known = spread(toy.state, THEN, ("screen", 1, low), ("screen", 1, high))
+    assert (known.tolerance, "on one" in known.words) == (pytest.approx(5 * 0.02**0.5), True)
+    assert spread(toy.state, THEN, ("screen", 1, low), ("screen", 1, low)).tolerance == 1e-6
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"gpu": "NVIDIA A100"},
+        {"details": {"budget": {"kind": "wall", "amount": 60.0}}},
+        {"details": {"scale": "small"}},
+        {"details": {"threads": 4}},
+    ],
+)
+def test_runs_made_in_another_way_are_no_measure(toy: Lab, other: dict) -> None:
+    low, high = metrics(2.0, 2.2)
+    runs = [("screen", 1, low), ("screen", 1, dataclasses.replace(high, **other))]
+    assert "no spread" in spread(toy.state, THEN, *runs).words
+    runs += [("screen", 1, metrics(2.01)[0])]
+    assert spread(toy.state, THEN, *runs).tolerance == pytest.approx(5 * 0.00005**0.5)
 
 
 # -- the image ------------------------------------------------------------------------------------
