@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from jobs.repository import Repository
 from jobs.submission import Executor, JobState, Place
 
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
+EXPLAINED_AFTER_S = 60.0  # so long a run that was ended from outside waits for Slurm's reason
+STUCK_AFTER_S = 300.0  # Slurm shows reasons that last for a moment, too, while it reconsiders
 LOCAL_LOST_AFTER_S = 0.5
 LOCAL_SURVEY_S = 0.25
 TELEMETRY_TAIL = 8192  # bytes, some lines of it
@@ -42,7 +45,8 @@ class Runs:
         self._local = site.config.executor.kind == "local"
         self._surveyed = 0.0  # monotonic time of the last survey
         self._states: dict[str, JobState] = {}
-        self._missing_since: dict[str, float] = {}  # run id -> first survey without its job
+        # run id -> what holds of it -> monotonic time of the first look that saw so
+        self._since: defaultdict[str, dict[str, float]] = defaultdict(dict)
         self._refused: dict[str, str] = {}  # run id -> why its executor would not take it
 
     def folder(self, run: OpenRun) -> Path:
@@ -130,17 +134,34 @@ class Runs:
         """The runs that have ended since: by their result.json, else by what became of the job.
 
         Raises:
-            Paused: a job waits for a reason that waiting does not mend.
+            Paused: a job has waited for minutes for a reason that waiting does not mend.
         """
         running = [run for run in self._journal.state.open_runs.values() if run.submission]
-        results = {run.run.id: self._read(run) for run in running}
+        results = {run.run.id: self._told(run) for run in running}
         if (missing := [r for r in running if results[r.run.id] is None]) and self._survey_due():
             results |= self._survey(missing)
         found = [(run, results[run.run.id]) for run in running]
-        ended = [(run, self._with_queue(run, result)) for run, result in found if result]
+        ended = [(run, self._with_job(run, result)) for run, result in found if result]
         refused, self._refused = self._refused, {}
         opened = [(self._journal.state.open_runs[run], why) for run, why in refused.items()]
         return ended + [(r, outcome.lost(r.run, why, JobState("absent"))) for r, why in opened]
+
+    def _told(self, run: OpenRun) -> Result | None:
+        """Its result, once nothing more is to be learned of it: the wrapper tells of SIGTERM
+        before Slurm shows that the job was preempted, say, or met its time limit."""
+        result, state = self._read(run), self._states.get(run.run.id)
+        if result is None or self._local or result.status != "infrastructure":
+            return result
+        over = state is not None and state.phase in ("ended", "absent")
+        return result if over or self._lasts(run, "unexplained", EXPLAINED_AFTER_S) else None
+
+    def _lasts(self, run: OpenRun, what: str, seconds: float, holds: bool = True) -> bool:
+        """Whether something was seen of a run at every look for so long."""
+        since = self._since[run.run.id]
+        if not holds:
+            since.pop(what, None)
+            return False
+        return time.monotonic() - since.setdefault(what, time.monotonic()) >= seconds
 
     def _read(self, run: OpenRun) -> Result | None:
         if not os.path.exists(f"{self._site.campaign_dir}/runs/{run.folder}/result.json"):
@@ -154,14 +175,18 @@ class Runs:
         died = dataclasses.replace(result, status="infrastructure", reason=why, metric=None)
         return dataclasses.replace(died, details=details)
 
-    def _with_queue(self, run: OpenRun, result: Result) -> Result:
-        self._missing_since.pop(run.run.id, None)
+    def _with_job(self, run: OpenRun, result: Result) -> Result:
+        """With what the executor knew of its job: the queue wait, and why it was ended."""
+        self._since.pop(run.run.id, None)
         state = self._states.pop(run.run.id, None)
         if state is None:
             return result
-        if state.preempted and result.status == "infrastructure":
-            result = dataclasses.replace(result, details={**result.details, "preempted": True})
-        return dataclasses.replace(result, queue_s=state.queue_s)
+        result = dataclasses.replace(result, queue_s=state.queue_s)
+        if result.status != "infrastructure" or state.phase != "ended":
+            return result
+        details = {**result.details, "job": state.reason}
+        details |= {"preempted": True} if state.preempted else {}
+        return dataclasses.replace(result, details=details)
 
     def _survey_due(self) -> bool:
         every = LOCAL_SURVEY_S if self._local else self._site.config.executor.poll_seconds
@@ -179,7 +204,7 @@ class Runs:
         found: dict[str, Result | None] = {}
         for run in running:
             state = states.get(run.run.id, JobState("absent"))
-            if state.permanent:
+            if self._lasts(run, "stuck", STUCK_AFTER_S, state.permanent):
                 raise Paused(
                     f"run {run.run.id} waits for ever: {state.reason}",
                     "Mend what Slurm names (executor: in campaign.yaml), then start again",
@@ -191,12 +216,10 @@ class Runs:
 
     def _lost(self, run: OpenRun, state: JobState) -> str | None:
         """Why a run will never leave a result; None while it may."""
-        if state.phase in ("pending", "running"):
-            self._missing_since.pop(run.run.id, None)
+        gone = state.phase not in ("pending", "running")
+        after_s = LOCAL_LOST_AFTER_S if self._local else LOST_AFTER_S
+        if not self._lasts(run, "gone", after_s, gone):
             return self._hung(run) if state.phase == "running" else None
-        since = self._missing_since.setdefault(run.run.id, time.monotonic())
-        if time.monotonic() - since < (LOCAL_LOST_AFTER_S if self._local else LOST_AFTER_S):
-            return None
         return f"its job is {state.phase} without a result ({state.reason or 'no reason given'})"
 
     def _hung(self, run: OpenRun) -> str | None:
