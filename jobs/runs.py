@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs import materialise, outcome
 from jobs.effects import effect
@@ -47,6 +48,7 @@ class Runs:
         self._states: dict[str, JobState] = {}
         # run id -> what holds of it -> monotonic time of the first look that saw so
         self._since: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        self._freed: dict[tuple[Any, Any], str | None] = {}  # node, device -> its last run's end
         self._refused: dict[str, str] = {}  # run id -> why its executor would not take it
 
     def folder(self, run: OpenRun) -> Path:
@@ -176,17 +178,30 @@ class Runs:
         return dataclasses.replace(died, details=details)
 
     def _with_job(self, run: OpenRun, result: Result) -> Result:
-        """With what the executor knew of its job: the queue wait, and why it was ended."""
+        """With its waits, and with what the executor knew of its job: why it was ended."""
         self._since.pop(run.run.id, None)
         state = self._states.pop(run.run.id, None)
-        if state is None:
+        queued = state.queue_s if state else None
+        if queued is None:  # it ended before any survey: by the clocks of two hosts
+            queued = outcome.gap_s(run.time, result.started)
+        turnaround, details = self._turnaround(result), dict(result.details)
+        if self._site.config.executor.kind == "allocation" and result.total_s is not None:
+            details["allocated_s"] = result.total_s + (turnaround or 0.0)  # ours in between, too
+        result = dataclasses.replace(
+            result, queue_s=queued, turnaround_s=turnaround, details=details
+        )
+        if result.status != "infrastructure" or state is None or state.phase != "ended":
             return result
-        result = dataclasses.replace(result, queue_s=state.queue_s)
-        if result.status != "infrastructure" or state.phase != "ended":
-            return result
-        details = {**result.details, "job": state.reason}
-        details |= {"preempted": True} if state.preempted else {}
+        details |= {"job": state.reason} | ({"preempted": True} if state.preempted else {})
         return dataclasses.replace(result, details=details)
+
+    def _turnaround(self, result: Result) -> float | None:
+        """Seconds that its place was free; None for the first run there since this start."""
+        place = result.node, result.details.get("device")
+        if place[1] is None and self._site.config.executor.slots > 1:
+            return None  # of several places on a node without devices, nobody knows which
+        freed, self._freed[place] = self._freed.get(place), result.ended
+        return outcome.gap_s(freed, result.started)
 
     def _survey_due(self) -> bool:
         every = LOCAL_SURVEY_S if self._local else self._site.config.executor.poll_seconds

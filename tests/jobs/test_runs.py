@@ -20,6 +20,10 @@ MakeLab = Callable[..., Lab]
 TOLD = {"protocol": 1, "node": "n1", "reason": "the run was cancelled from outside by SIGTERM"}
 
 
+def at(second: int) -> str:
+    return f"2026-01-01T00:00:{second:02d}.000Z"
+
+
 class Cluster(LocalExecutor):
     """First attempts end by SIGTERM, or wait; second ones go well. Surveys are read from a list."""
 
@@ -31,6 +35,8 @@ class Cluster(LocalExecutor):
         told = {**TOLD, "status": "infrastructure", "value": None, "facts": {"run": run.id}}
         if run.attempt > 1:
             told |= {"status": "ok", "value": 1.0, "reason": "done"}
+        told |= {"device": "0", "total_seconds": 4.0, "started": at(9 * run.attempt)}
+        told |= {"ended": at(9 * run.attempt + 4)}
         if self.ends:
             (run_dir / "result.json").write_text(json.dumps(told))
         return Submission(run.id, "slurm", "7")
@@ -92,6 +98,22 @@ def test_where_slurm_gives_no_reason_the_wrappers_is_recorded_after_a_while(
     first, second = lab.state.results("e0001")
     assert first.reason == TOLD["reason"]
     assert second.ok
+
+
+@pytest.mark.parametrize(("kind", "allocated"), [("slurm", 8.0), ("allocation", 13.0)])
+def test_what_a_place_waited_for_its_next_run_is_recorded(
+    night: Callable[..., Lab], kind: str, allocated: float
+) -> None:
+    lab = night(JobState("ended", "FAILED", queue_s=2.0))
+    lab.configure(executor=lab.settings["executor"] | {"kind": kind})
+    lab.run()
+    first, second = lab.state.results("e0001")
+    assert (first.turnaround_s, second.turnaround_s) == (None, 5.0)
+    assert (first.queue_s, second.queue_s) == (2.0, None)  # it began before it was wanted
+    assert lab.state.allocated_s == allocated
+    assert lab.call("report")[0] == 0
+    said = (lab.folder / "report" / "index.html").read_text()
+    assert "In the median 2.0 s in the queue, 5.0 s from a run's end to the next." in said
 
 
 STUCK = JobState("pending", "AssocGrpGRES: used up", permanent=True)
