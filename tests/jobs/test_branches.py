@@ -57,6 +57,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Mapping[str, str]]
         return made
 
     monkeypatch.setattr(submission, "executor", choose)
+    monkeypatch.setattr(submission, "require", lambda *asked: None)
     return found
 
 

@@ -103,6 +103,37 @@ def edits(count: int, nap: float = 0.0, branch: int = 0) -> list[dict[str, Any]]
     return [toylab.change(X=2.0 - n / 64 - branch / 1024, NAP=nap) for n in range(1, count + 1)]
 
 
+WRONG = {
+    "partition": ({"partition": "nowhere"}, "Invalid partition name specified"),
+    "executor.gpus": ({"gpus": "h100:1"}, "node configuration is not available"),
+    "margin, hold_hours": ({"partition": "short", "margin": 600.0}, "PartitionTimeLimit"),
+    "executor.kind": ({}, "there is no sbatch on this host"),
+}
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+@pytest.mark.parametrize("setting", WRONG)
+def test_wrong_settings_are_told_in_slurms_words_and_nothing_is_half_started(
+    lab, home, kind, setting
+):
+    executor, words = WRONG[setting]
+    night = lab(kind, *edits(1), executor=executor)
+    refs, path = ["git", "for-each-ref"], {}
+    before = night.call_as_user(refs)
+    if setting == "executor.kind":
+        (home / "bin").mkdir()
+        (home / "bin" / "git").symlink_to("/usr/bin/git")
+        path = {"PATH": str(home / "bin")}
+    process = night.start(**path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert words in said
+    assert setting in said
+    assert not (night.root / "campaigns").exists()
+    assert night.call_as_user(refs) == before
+    assert not jobs_below(night.root)
+
+
 def branches(count: int, each: int, nap: float = 0.0) -> dict[str, list[dict[str, Any]]]:
     return {f"b{n}": edits(each, nap, n) for n in range(1, count + 1)}
 
