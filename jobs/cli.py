@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("diff", "what an experiment changed", looking)
     one.add_argument("experiment", help=named)
     add("report", "write results.tsv, results.parquet, progress.png and report.html", asking)
-    one = add("clean", "remove what finished runs left in bulk; records stay", asking)
+    one = add("clean", "remove what finished runs and their jobs left; records stay", asking)
     one.add_argument("--dry-run", action="store_true", help="only say what would go")
     one = add("demo", "a real campaign of 12 experiments on this machine, from the shipped program")
     one.add_argument("--detuned", action="store_true", help="begin from two constants made worse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -130,3 +131,21 @@ def test_only_a_lasting_reason_that_stood_all_the_time_pauses(
     times = [moment for moment, _ in Cluster.seen]
     assert times[-1] - times[3] >= 1.0
     assert times[-2] - times[3] < 1.0
+
+
+def test_the_folders_of_jobs_that_are_over_go_and_what_may_say_why_stays(
+    night: Callable[..., Lab],
+) -> None:
+    lab = night(JobState("ended", "FAILED"))
+    names = ("e0001-s1-a1", "e0001-s1-a2", "e0009-s1-a1")
+    jobs = {name: lab.folder / "submitit" / f"{lab.name}-{name}" for name in names}
+    for name, folder in jobs.items():
+        folder.mkdir(parents=True)
+        (folder / "7_0_log.out").write_text("why")
+        if name != "e0001-s1-a2":
+            os.utime(folder, (0, 0))
+    lab.run()
+    left = [folder.name for folder in jobs.values() if folder.exists()]
+    assert left == [f"{lab.name}-e0001-s1-a2", f"{lab.name}-e0009-s1-a1"]  # young; without a result
+    assert lab.call("clean")[0] == 0
+    assert list((lab.folder / "submitit").iterdir()) == []
