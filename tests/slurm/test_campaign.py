@@ -33,6 +33,9 @@ from rig import (
 sys.path.insert(0, str(ROOT / "tests" / "jobs"))
 import toylab
 
+from jobs import ledger
+from jobs.history import fold
+
 pytestmark = pytest.mark.cluster
 
 SITE = {"cpus": 1, "memory": "200M", "margin": 60.0, "poll_seconds": 1.0, "slots": 8, "nodes": 4}
@@ -151,16 +154,25 @@ def test_sixteen_experiments_in_eight_places_leave_whole_books(lab, kind):
     night.check_books()
 
 
-@pytest.mark.parametrize("kind", ["slurm", "allocation"])
-@pytest.mark.parametrize(
-    "crossing", ["run.submit:before", "run.submit:after", "ledger.append:before"]
+# Between the intent of the third experiment's run and the record of its submission.
+CROSSINGS = (
+    "run.folder:before:3",
+    "run.snapshot:before:4",  # the first one is the scorer's
+    "run.snapshot:after:4",
+    "run.submit:before:3",
+    "run.submit:after:3",
+    "ledger.append:before:17",
 )
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+@pytest.mark.parametrize("crossing", CROSSINGS)
 def test_a_controller_killed_around_a_submission_loses_and_doubles_nothing(lab, kind, crossing):
     night = lab(kind, *edits(3, nap=1.0))
-    number = {"run.submit:before": 3, "run.submit:after": 3, "ledger.append:before": 9}[crossing]
-    process = night.start(AUTORESEARCH_KILL_AT=f"{crossing}:{number}")
+    process = night.start(AUTORESEARCH_KILL_AT=crossing)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, said
+    assert "e0003-s1-a1" in fold(ledger.read(night.folder / "ledger.jsonl")).open_runs
     process = night.start()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
