@@ -125,7 +125,9 @@ def _branch_options(add: Callable[..., Any], looking: argparse.ArgumentParser) -
     one.add_argument("order", choices=orders, help="what becomes of it")
     one.add_argument("branch", help="its name")
     one.add_argument("--program", help="add: its program file")
-    one.add_argument("--slots", type=int, help="add: runs in flight at once")
+    one.add_argument(
+        "--slots", type=int, help="add: its runs in flight at once (default: its share)"
+    )
     one.add_argument("--start", help="add: the commit to start from")
     kinds = ("sweep", "scripted", "anthropic", "command")
     one.add_argument("--agent", choices=kinds, help="add: its researcher")

@@ -47,7 +47,8 @@ class Lab(toylab.Lab):
     def __init__(self, root: Path, kind: str, *edits: Any, **settings: Any) -> None:
         executor = {"kind": kind, **SITE, **settings.pop("executor", {})}
         scripts = settings.pop("scripts", {})
-        super().__init__(root, *edits, executor=executor, **settings)
+        branches = {"main": {"slots": 1}}  # its edits in turn
+        super().__init__(root, *edits, executor=executor, **{"branches": branches, **settings})
         self.scripts(**scripts) if scripts else None
         self.hand_over()
         self.env = environment(root)

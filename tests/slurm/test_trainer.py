@@ -41,7 +41,7 @@ class TrainerLab(Lab):
         self.configure(
             budget={"tokens": STEPS * 2048},
             agent=agent,
-            branches={name: {"program": "program.md"} for name in names},
+            branches={name: {"program": "program.md", "slots": 1} for name in names},
             executor={
                 **self.settings["executor"],
                 "image": image.sha256,
