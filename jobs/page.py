@@ -210,7 +210,7 @@ def _use(state: State, table: Any) -> str:
             str(len(state.records)),
             report.duration(state.allocated_s),
             _share(state.training_s, state.allocated_s),
-            "time that runs held their slot",
+            "time that places were held for them",
         )
     )
     spent, each = state.spent, report.dollars_each(state)
