@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("diff", "what an experiment changed", looking)
     one.add_argument("experiment", help=named)
     add("report", "write results.tsv, results.parquet, progress.png and report.html", asking)
-    one = add("clean", "remove what finished runs left in bulk; records stay", asking)
+    one = add("clean", "remove what finished runs and their jobs left; records stay", asking)
     one.add_argument("--dry-run", action="store_true", help="only say what would go")
     one = add("demo", "a real campaign of 12 experiments on this machine, from the shipped program")
     one.add_argument("--detuned", action="store_true", help="begin from two constants made worse")
@@ -129,7 +129,9 @@ def _branch_options(add: Callable[..., Any], looking: argparse.ArgumentParser) -
     one.add_argument("order", choices=orders, help="what becomes of it")
     one.add_argument("branch", help="its name")
     one.add_argument("--program", help="add: its program file")
-    one.add_argument("--slots", type=int, help="add: runs in flight at once")
+    one.add_argument(
+        "--slots", type=int, help="add: its runs in flight at once (default: its share)"
+    )
     one.add_argument("--start", help="add: the commit to start from")
     kinds = ("sweep", "scripted", "anthropic", "command")
     one.add_argument("--agent", choices=kinds, help="add: its researcher")

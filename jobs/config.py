@@ -233,7 +233,7 @@ class Branch:
 
     program: RepoPath = _says("program.md", "what its researcher is told to do")
     agent: Agent = _says(Agent(), "what differs from the campaign's agent")
-    slots: Count = _says(1, "its runs in flight at once")
+    slots: Count | None = _says(None, "its runs in flight at once; null: an equal share of all")
     start: str | None = _says(None, "commit to start from; null: the checked-out one")
     node: str | None = _says(None, "only on this node")
     constraint: str | None = _says(None, "only on nodes with this feature (Slurm)")

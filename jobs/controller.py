@@ -388,7 +388,9 @@ class Controller:
             self._tables.update(self.journal.state)
 
     def _mirror(self) -> None:
-        """Notes and records into git, from where the campaign can be rebuilt."""
+        """Notes and records into git, from where the campaign can be rebuilt; a sweep first."""
+        with effect("run.tidy"):
+            disk.sweep_jobs(self.folder, {run.folder for run in self.journal.state.running()})
         report.mirror_notes(self.repository, self.journal.state)
         others = campaign.records(self.opened.site)
         mirror.save_ledger(self.repository, self.config.campaign, self.opened.ledger.path, others)

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jobs.errors import Paused
 
 WEIGHTS, SAMPLE = "model.safetensors", "sample.txt"
 LARGEST_HEADER = 10_000_000  # bytes, of the weights' file
+JOB_OVER_S = 3600.0  # a job writes into its folder for a moment after its run's result is there
 CACHE = "cache"  # the compile cache that a run filled
 
 
@@ -85,13 +87,29 @@ def require_free(folder: Path, megabytes: int) -> None:
 
 
 def leftovers(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
-    """What `autoresearch clean` removes: run folders' bulk, of runs that are not under way."""
+    """What `autoresearch clean` removes of runs that are not under way: bulk, and jobs' logs."""
     found = []
     for run_dir in sorted(campaign_dir.glob("runs/*/*")):
         if f"{run_dir.parent.name}/{run_dir.name}" not in open_folders:
             found += [run_dir / n for n in (CACHE, "program", "scratch", WEIGHTS)]
     found += sorted(campaign_dir.glob("heads/*/.cache.old"))
+    found += job_folders(campaign_dir, open_folders)
     return [path for path in found if path.exists()]
+
+
+def job_folders(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
+    """Where submitit kept scripts, logs and pickles of runs that are not under way."""
+    names = {path: path.name.rsplit("-", 3) for path in campaign_dir.glob("submitit/*-e*-s*-a*")}
+    return sorted(p for p, (_, e, s, a) in names.items() if f"{e}/{s}-{a}" not in open_folders)
+
+
+def sweep_jobs(campaign_dir: Path, open_folders: set[str]) -> None:
+    """Remove those whose runs told their end themselves, once the jobs are surely over."""
+    for path in job_folders(campaign_dir, open_folders):
+        _, experiment, seed, attempt = path.name.rsplit("-", 3)
+        told = (campaign_dir / "runs" / experiment / f"{seed}-{attempt}" / "result.json").exists()
+        if told and time.time() - path.stat().st_mtime > JOB_OVER_S:
+            _remove(path)
 
 
 def size(path: Path) -> int:

@@ -24,7 +24,6 @@ from typing import Any
 from jobs import campaign, config, device, lab, materialise
 from jobs.config import Agent, Config, Data
 from jobs.errors import AutoresearchError, UserError
-from jobs.history import State
 from jobs.model import Finding, to_json
 from jobs.repository import IDENTITY, Repository
 
@@ -59,10 +58,7 @@ def examine(
     if not local:
         from slurm import trial
 
-        ceiling = materialise.feed_ceiling_s(State(), settings, "")
-        limit_s = materialise.wall_limit_s(settings, ceiling)
-        places = [_place(branch) for branch in settings.branches.values()]
-        found += trial.settings(executor, directory, limit_s, places)
+        found += trial.settings(executor, directory, *materialise.first_wish(settings))
         found += _nodes(settings, root, path, show) if show else []
     elif settings.task.kind == "nanochat" and (path or not executor.image):
         found += device.findings(executor, path)
@@ -169,11 +165,6 @@ def _image(settings: Config) -> str:
     images.check_quick(image)
     images.check_evaluator(image, evaluator_sha256(lab.TRAINER))
     return image.path
-
-
-def _place(branch: config.Branch) -> dict[str, str]:
-    wanted = {k: getattr(branch, k) for k in ("node", "constraint", "gpu")}
-    return {k: v for k, v in wanted.items() if v}
 
 
 # -- disk and clock -------------------------------------------------------------------------------
@@ -300,7 +291,7 @@ def main(folder: Path) -> None:
     found = [Finding("python", "ok", seen), *_shared(folder)]
     if asked["part"] == "overnight":
         found += [researcher(agent) for agent in _agents(settings)]
-        found.append(trial.taken(trial.run_text(executor, folder, ["true"])))
+        found.append(trial.taken(executor, trial.run_text(executor, folder, ["true"])))
     else:
         if path := asked["image"]:
             found += machine.examine(path, executor.allow_network, building=False)

@@ -95,6 +95,16 @@ def wall_limit_s(config: Config, ceiling: float | None) -> float:
     return startup_free_s(config) + training + overrun + SCORING_S + ENDING_S
 
 
+def first_wish(config: Config) -> tuple[float, list[dict[str, str]]]:
+    """What the first runs ask of an executor: seconds of wall time, and their branches' places."""
+    limit_s = wall_limit_s(config, feed_ceiling_s(State(), config, ""))
+    places = [
+        {k: v for k in ("node", "constraint", "gpu") if (v := getattr(branch, k))}
+        for branch in config.branches.values()
+    ]
+    return limit_s, places
+
+
 def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Path) -> Task:
     """All that the wrapper on the node needs to know; paths are absolute."""
     config = site.config

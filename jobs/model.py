@@ -161,7 +161,8 @@ class Result:
     tokens: int | None = None  # trained on after the warm-up
     memory_mb: float | None = None  # host, peak of the tree
     gpu_memory_mb: float | None = None
-    queue_s: float | None = None
+    queue_s: float | None = None  # from its submission to its start
+    turnaround_s: float | None = None  # since the last run's end in its place: node and device
     startup_s: float | None = None
     training_s: float | None = None
     scoring_s: float | None = None

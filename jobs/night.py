@@ -25,6 +25,8 @@ def run(
     """Run or resume the campaign. Returns why it ended. Raises as `Controller.run`."""
     if config.task.kind != "general" and config.data == Data():  # seconds, nothing to fetch
         lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
+    wish = materialise.first_wish(config)
+    submission.require(config.executor, campaign.folder(config, root), *wish)
     with campaign.opened(config, root, say) as opened:
         state = opened.state
         scale = "" if config.task.kind == "general" else f", scale {config.data.scale}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def lost(run: Run, reason: str, state: JobState) -> Result:
         node=state.node,
         details={"preempted": True} if state.preempted else {},
     )
+
+
+def gap_s(earlier: str | None, later: str | None) -> float | None:
+    """Seconds between two UTC times; None where one is unknown, or the second not the later one."""
+    try:
+        span = datetime.fromisoformat(later or "") - datetime.fromisoformat(earlier or "")
+    except (ValueError, TypeError):
+        return None
+    return span.total_seconds() if span >= timedelta() else None
 
 
 def _broken(run: Run, reason: str) -> Result:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -209,7 +210,7 @@ def _use(state: State, table: Any) -> str:
             str(len(state.records)),
             report.duration(state.allocated_s),
             _share(state.training_s, state.allocated_s),
-            "time that runs held their slot",
+            "time that places were held for them",
         )
     )
     spent, each = state.spent, report.dollars_each(state)
@@ -219,7 +220,20 @@ def _use(state: State, table: Any) -> str:
         f"<p>Proposals: {money}, {each[0]:.3f} an experiment, {each[1]:.3f} a keep; "
         f"{tokens:,} tokens read, {spent.output_tokens:,} written.</p>"
     )
-    return _table(("experiments", "count", "run time", "training", ""), rows) + cost
+    return _table(("experiments", "count", "run time", "training", ""), rows) + _waits(table) + cost
+
+
+def _waits(table: Any) -> str:
+    """What a run waits for a GPU, and a GPU for a run."""
+    runs = [run for runs in table.column("run_details").to_pylist() for run in runs]
+    found = []
+    for name, words in (
+        ("queue_s", "in the queue"),
+        ("turnaround_s", "from a run's end to the next"),
+    ):
+        if known := [run[name] for run in runs if run[name] is not None]:
+            found.append(f"{statistics.median(known):.1f} s {words}")
+    return f"<p>In the median {', '.join(found)}.</p>" if found else ""
 
 
 def _share(part: float, whole: float) -> str:

@@ -87,18 +87,15 @@ def openings(state: State, config: Config, mute: Collection[str] = frozenset()) 
     asked = len(state.records) + len(state.requests)
     if config.limits.experiments is not None:
         room = min(room, config.limits.experiments - asked)
-    free = {
-        b.name: slots(b) - busy[b.name]
-        for b in state.branches.values()
-        if b.active and b.head is not None and b.name not in mute
-    }
-    # In turns, so that the branch named first does not take every slot.
-    while room > 0 and any(count > 0 for count in free.values()):
-        for name in sorted(free, key=lambda n: state.branches[n].experiments):
-            if free[name] > 0 and room > 0:
-                free[name] -= 1
-                room -= 1
-                yield name
+    wanting = [
+        b for b in state.branches.values() if b.active and b.head is not None and b.name not in mute
+    ]
+    # The one with the least under way is next: none takes every slot, also none that came late.
+    while room > 0 and (free := [b for b in wanting if busy[b.name] < slots(b, config)]):
+        branch = min(free, key=lambda b: (busy[b.name], b.experiments))
+        busy[branch.name] += 1
+        room -= 1
+        yield branch.name
 
 
 def stale_wins(state: State) -> Iterator[Record]:
@@ -132,9 +129,9 @@ def lacking_baseline(state: State, config: Config) -> Iterator[str]:
     yield from lacking if limit is None else lacking[: max(0, limit - len(state.records))]
 
 
-def slots(branch: Branch) -> int:
+def slots(branch: Branch, config: Config) -> int:
     """Experiments that a branch may have in flight."""
-    return int(branch.settings.get("slots") or 1)
+    return int(branch.settings.get("slots") or config.executor.slots)
 
 
 def end_reason(

@@ -148,7 +148,7 @@ class Branch:
     notes: tuple[str, ...] = ()  # what its researcher was told
     spent: Usage = field(default_factory=Usage)
     unfit: tuple[str, ...] = ()  # nodes that have another GPU model than it wants
-    allocated_s: float = 0.0  # seconds that runs held their slot
+    allocated_s: float = 0.0  # seconds that places were held for its runs
     training_s: float = 0.0
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from jobs.repository import Repository
 from jobs.submission import Executor, JobState, Place
 
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
+EXPLAINED_AFTER_S = 60.0  # so long a run that was ended from outside waits for Slurm's reason
+STUCK_AFTER_S = 300.0  # Slurm shows reasons that last for a moment, too, while it reconsiders
 LOCAL_LOST_AFTER_S = 0.5
 LOCAL_SURVEY_S = 0.25
 TELEMETRY_TAIL = 8192  # bytes, some lines of it
@@ -43,7 +46,9 @@ class Runs:
         self._local = site.config.executor.kind == "local"
         self._surveyed = 0.0  # monotonic time of the last survey
         self._states: dict[str, JobState] = {}
-        self._missing_since: dict[str, float] = {}  # run id -> first survey without its job
+        # run id -> what holds of it -> monotonic time of the first look that saw so
+        self._since: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        self._freed: dict[tuple[Any, Any], str | None] = {}  # node, device -> its last run's end
         self._refused: dict[str, str] = {}  # run id -> why its executor would not take it
 
     def folder(self, run: OpenRun) -> Path:
@@ -131,10 +136,10 @@ class Runs:
         """The runs that have ended since: by their result.json, else by what became of the job.
 
         Raises:
-            Paused: a job waits for a reason that waiting does not mend.
+            Paused: a job has waited for minutes for a reason that waiting does not mend.
         """
         running = [run for run in self._journal.state.open_runs.values() if run.submission]
-        results = {run.run.id: self._read(run) for run in running}
+        results = {run.run.id: self._told(run) for run in running}
         if (missing := [r for r in running if results[r.run.id] is None]) and self._survey_due():
             results |= self._survey(missing)
         found = [(run, results[run.run.id]) for run in running]
@@ -142,6 +147,23 @@ class Runs:
         refused, self._refused = self._refused, {}
         opened = [(self._journal.state.open_runs[run], why) for run, why in refused.items()]
         return ended + [(r, outcome.lost(r.run, why, JobState("absent"))) for r, why in opened]
+
+    def _told(self, run: OpenRun) -> Result | None:
+        """Its result, once nothing more is to be learned of it: the wrapper tells of SIGTERM
+        before Slurm shows that the job was preempted, say, or met its time limit."""
+        result, state = self._read(run), self._states.get(run.run.id)
+        if result is None or self._local or result.status != "infrastructure":
+            return result
+        over = state is not None and state.phase in ("ended", "absent")
+        return result if over or self._lasts(run, "unexplained", EXPLAINED_AFTER_S) else None
+
+    def _lasts(self, run: OpenRun, what: str, seconds: float, holds: bool = True) -> bool:
+        """Whether something was seen of a run at every look for so long."""
+        since = self._since[run.run.id]
+        if not holds:
+            since.pop(what, None)
+            return False
+        return time.monotonic() - since.setdefault(what, time.monotonic()) >= seconds
 
     def _read(self, run: OpenRun) -> Result | None:
         if not os.path.exists(f"{self._site.campaign_dir}/runs/{run.folder}/result.json"):
@@ -156,19 +178,33 @@ class Runs:
         return dataclasses.replace(died, details=details)
 
     def _with_job(self, run: OpenRun, result: Result) -> Result:
-        """With what its executor knows: which job it was, how long that waited, preemption."""
-        self._missing_since.pop(run.run.id, None)
+        """With what its executor knows: the job, how long it and its place waited, why it ended."""
+        self._since.pop(run.run.id, None)
         state = self._states.pop(run.run.id, None)
         assert run.submission is not None  # only submitted runs end
-        job: dict[str, Any] = {
+        queued = state.queue_s if state else None
+        if queued is None:  # it ended before any survey: by the clocks of two hosts
+            queued = outcome.gap_s(run.time, result.started)
+        turnaround = self._turnaround(result)
+        details = {
+            **result.details,
             "executor": run.executor,
             "job": run.submission.job,
             "job_name": run.name,
         }
-        if state and state.preempted and result.status == "infrastructure":
-            job |= {"preempted": True}
-        result = dataclasses.replace(result, details={**result.details, **job})
-        return result if state is None else dataclasses.replace(result, queue_s=state.queue_s)
+        if self._site.config.executor.kind == "allocation" and result.total_s is not None:
+            details["allocated_s"] = result.total_s + (turnaround or 0.0)  # ours in between, too
+        if result.status == "infrastructure" and state and state.phase == "ended":
+            details |= {"job_end": state.reason} | ({"preempted": True} if state.preempted else {})
+        return dataclasses.replace(result, queue_s=queued, turnaround_s=turnaround, details=details)
+
+    def _turnaround(self, result: Result) -> float | None:
+        """Seconds that its place was free; None for the first run there since this start."""
+        place = result.node, result.details.get("device")
+        if place[1] is None and self._site.config.executor.slots > 1:
+            return None  # of several places on a node without devices, nobody knows which
+        freed, self._freed[place] = self._freed.get(place), result.ended
+        return outcome.gap_s(freed, result.started)
 
     def _survey_due(self) -> bool:
         every = LOCAL_SURVEY_S if self._local else self._site.config.executor.poll_seconds
@@ -186,7 +222,7 @@ class Runs:
         found: dict[str, Result | None] = {}
         for run in running:
             state = states.get(run.run.id, JobState("absent"))
-            if state.permanent:
+            if self._lasts(run, "stuck", STUCK_AFTER_S, state.permanent):
                 raise Paused(
                     f"run {run.run.id} waits for ever: {state.reason}",
                     "Mend what Slurm names (executor: in campaign.yaml), then start again",
@@ -198,12 +234,10 @@ class Runs:
 
     def _lost(self, run: OpenRun, state: JobState) -> str | None:
         """Why a run will never leave a result; None while it may."""
-        if state.phase in ("pending", "running"):
-            self._missing_since.pop(run.run.id, None)
+        gone = state.phase not in ("pending", "running")
+        after_s = LOCAL_LOST_AFTER_S if self._local else LOST_AFTER_S
+        if not self._lasts(run, "gone", after_s, gone):
             return self._hung(run) if state.phase == "running" else None
-        since = self._missing_since.setdefault(run.run.id, time.monotonic())
-        if time.monotonic() - since < (LOCAL_LOST_AFTER_S if self._local else LOST_AFTER_S):
-            return None
         return f"its job is {state.phase} without a result ({state.reason or 'no reason given'})"
 
     def _hung(self, run: OpenRun) -> str | None:

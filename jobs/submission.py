@@ -84,6 +84,16 @@ def executor(settings: Settings, campaign_dir: Path) -> Executor:
     raise UserError(f"executor.kind: {settings.kind!r} is not one of local, slurm, allocation")
 
 
+def require(
+    settings: Settings, campaign_dir: Path, limit_s: float, places: Sequence[Place]
+) -> None:
+    """Raises UserError where no run of these settings could ever start; begins nothing."""
+    if settings.kind != "local":
+        from slurm import trial
+
+        trial.require(settings, campaign_dir, limit_s, places)
+
+
 def preview(settings: Settings, name: str, run_dir: Path, limit_s: float) -> str:
     """What would be handed to the machine or to Slurm for one run, letter by letter."""
     if settings.kind == "local":

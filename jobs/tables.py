@@ -171,7 +171,7 @@ _TEXT = (
 )
 _FLOATS = ("metric", "best_before", "gain", "required", "dollars")
 _PEAKS = ("memory_mb", "gpu_memory_mb")
-_SECONDS = ("queue_s", "startup_s", "training_s", "scoring_s", "total_s")
+_SECONDS = ("queue_s", "turnaround_s", "startup_s", "training_s", "scoring_s", "total_s")
 _COUNTS = ("lines_added", "lines_removed", "runs", "steps", "tokens", "params")
 _USAGE = (
     *("input_tokens", "output_tokens", "thinking_tokens", "cache_write_tokens"),

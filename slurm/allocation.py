@@ -59,6 +59,15 @@ class Holder:
         return left - (time.monotonic() - self.seen)
 
 
+def require_installed() -> None:
+    """Raises UserError where submitit cannot find our plugin."""
+    if AllocationExecutor.name() not in plugins.get_executors():
+        raise UserError(
+            "executor.kind: allocation needs this project installed, not only on the path"
+            " (submitit finds it by entry points): pip install -e ."
+        )
+
+
 class AllocationRuns:
     """Executor `allocation`.
 
@@ -79,11 +88,7 @@ class AllocationRuns:
     ) -> None:
         """`work` is called on the node with the run's folder; it must be importable there."""
         commands.require("srun", "executor.kind: allocation")
-        if AllocationExecutor.name() not in plugins.get_executors():
-            raise UserError(
-                "executor.kind: allocation needs this project installed, not only on the path"
-                " (submitit finds it by entry points): pip install -e ."
-            )
+        require_installed()
         self._settings, self._campaign_dir, self._work = settings, campaign_dir, work
         self._folder = campaign_dir / "submitit"
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,18 @@ def is_node(name: str) -> bool:
     return True
 
 
+def time_limit_s(partition: str | None) -> float | None:
+    """The longest that a job may take there; None where there is no limit, or no answer."""
+    chosen = ["-p", partition] if partition else ["--all"]
+    with contextlib.suppress(Unanswered):
+        rows = ask(["sinfo", *chosen, "-h", "-o", "%P|%l"]).split()
+        limits = [row.split("|")[1] for row in rows if partition or row.split("|")[0].endswith("*")]
+        known = [seconds(limit) for limit in limits]
+        if known and None not in known:
+            return max(filter(None, known))
+    return None
+
+
 def hostnames(nodes: str) -> list[str]:
     """'n[1-2]' -> ['n1', 'n2']. Asks no daemon."""
     return ask(["scontrol", "show", "hostnames", nodes]).split() if nodes else []

@@ -15,10 +15,10 @@ from pathlib import Path
 from submitit.slurm.slurm import _make_sbatch_string as submitit_script
 
 from jobs.config import Executor as Settings
-from jobs.errors import UserError
+from jobs.errors import AutoresearchError, UserError
 from jobs.model import Finding
 from jobs.submission import JobState
-from slurm import commands, script
+from slurm import allocation, commands, script
 from slurm.commands import Unanswered
 from slurm.executor import last_line, scancel, state_of
 
@@ -28,6 +28,8 @@ LATE_S = 30.0  # until the findings of a job that has ended are seen through a s
 LOOK_S = 0.1
 LOOK_AT_QUEUE_S = 5.0
 RECENT = 4  # looks at the queue that an ended job should stay in it, where there is no sacct
+# What sbatch --test-only says of nodes that are down or reserved for now; a job waits for them.
+_PASSING = r"down, drained or reserved|not available now|nodes are busy"
 # Lines of slurm/overnight.sbatch that a job of minutes does not have.
 _NIGHTS_OWN = r"#SBATCH --(job-name|time|requeue|signal|open-mode|output)\b"
 
@@ -42,24 +44,73 @@ def settings(
         places: where its branches want to run; see jobs.submission.Place.
     """
     try:
-        for program in ("sbatch", "squeue", "scontrol", "srun"):
-            commands.require(program, f"executor.kind: {chosen.kind}")
+        _require_programs(chosen)
     except UserError as error:
         return [Finding("Slurm", "failure", str(error), "Do what that says, then ask again")]
+    texts, accounts = _texts(chosen, campaign_dir, limit_s, places), commands.has_accounting()
+    found = [taken(chosen, text) for text in texts]
+    return [*found, memory(accounts, _min_job_age(), chosen)]
+
+
+def require(
+    chosen: Settings, campaign_dir: Path, limit_s: float, places: Sequence[Mapping[str, str]]
+) -> None:
+    """The same in short, before a campaign begins: what one branch alone wants is its own trouble.
+
+    Raises:
+        UserError: no job of these settings could run; in Slurm's words.
+    """
+    _require_programs(chosen)
+    if chosen.kind == "allocation":
+        places = [{}]
+    refusals = []
+    for text in _texts(chosen, campaign_dir, limit_s, places):
+        try:
+            _try(chosen, text)
+            return
+        except UserError as error:
+            refusals.append(error)
+        except AutoresearchError:
+            return  # no answer, or no room for more jobs now: the runs wait for both
+    if not any(re.search(_PASSING, str(error)) for error in refusals):
+        raise refusals[0]
+
+
+def _require_programs(chosen: Settings) -> None:
+    for program in ("sbatch", "squeue", "scontrol", "srun"):
+        commands.require(program, f"executor.kind: {chosen.kind}")
+    if chosen.kind == "allocation":
+        allocation.require_installed()
+
+
+def _texts(
+    chosen: Settings, campaign_dir: Path, limit_s: float, places: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """The scripts that a campaign would submit first."""
     if chosen.kind == "allocation":
         nodes = {place["node"] for place in places if "node" in place}
-        texts = [script.holder_text(chosen, campaign_dir, limit_s, nodes=nodes)]
-    else:
-        texts = [_text(chosen, campaign_dir, "true", limit_s, place) for place in places]
-    accounts = commands.has_accounting()
-    return [*map(taken, dict.fromkeys(texts)), memory(accounts, _min_job_age(), chosen)]
+        return [script.holder_text(chosen, campaign_dir, limit_s, nodes=nodes)]
+    texts = [_text(chosen, campaign_dir, "true", limit_s, place) for place in places]
+    return list(dict.fromkeys(texts))
 
 
-def taken(text: str) -> Finding:
+def _try(chosen: Settings, text: str) -> None:
+    """Raises as `commands.sbatch` what Slurm says of a script, or for a time that it would not."""
+    commands.sbatch(text, "--test-only")
+    found = re.search(r"^#SBATCH --time=(\d+)$", text, re.MULTILINE)
+    limit_s = None if chosen.qos else commands.time_limit_s(chosen.partition)  # a QOS may widen it
+    if found and limit_s is not None and int(found[1]) * 60 > limit_s:
+        raise UserError(
+            f"PartitionTimeLimit: a job asks for {found[1]} minutes, executor.partition has"
+            f" {limit_s / 60:g}: {commands.remedy('PartitionTimeLimit')}"
+        )
+
+
+def taken(chosen: Settings, text: str) -> Finding:
     """What `sbatch --test-only` says of a script."""
 
     def act() -> str:
-        commands.sbatch(text, "--test-only")
+        _try(chosen, text)
         return "Slurm takes a job of these settings"
 
     return Finding.attempt("sbatch --test-only", act, "Change that, or wait until Slurm answers")

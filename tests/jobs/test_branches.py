@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import ended
 import pytest
 import yaml
 from ended import autoresearch
+from story import Story
 from toylab import GIT, Lab, change, check_books
 
 from agent import brief
 from agent.researcher import Context
-from jobs import compare, lease, mirror, process, submission
+from jobs import compare, config, lease, mirror, plan, process, submission
 from jobs.config import Executor
 from jobs.errors import ConfigError, UserError
 from jobs.evidence import Evidence
@@ -28,6 +30,35 @@ from jobs.submission import LocalExecutor
 from slurm import script
 
 MakeLab = Callable[..., Lab]
+
+
+# -- their share of the slots ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slots", "under_way", "wanted"),
+    [
+        ({"a": None}, {}, {"a": 8}),
+        ({"a": None, "b": None}, {}, {"a": 4, "b": 4}),
+        ({"a": None, "b": None}, {"a": 6}, {"b": 2}),
+        ({"a": None, "b": 1}, {}, {"a": 7, "b": 1}),
+        ({"a": 3}, {"a": 1}, {"a": 2}),
+    ],
+)
+def test_slots_that_no_branch_has_to_itself_are_shared(
+    slots: dict[str, int | None], under_way: dict[str, int], wanted: dict[str, int]
+) -> None:
+    story = Story(*slots)
+    for name, own in slots.items():
+        story.put("branch_added", branch=name, settings={"slots": own})
+        story.experiment(2.0, name)
+    for _ in range(9):
+        story.experiment(3.0, "a")  # what came late has no claim for that
+    for name, count in under_way.items():
+        for _ in range(count):
+            story.propose(name)
+    settings = config.parse({"executor": {"slots": 8}}, environ={})
+    assert Counter(plan.openings(story.state, settings)) == wanted
 
 
 # -- their own places -----------------------------------------------------------------------------
@@ -57,6 +88,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Mapping[str, str]]
         return made
 
     monkeypatch.setattr(submission, "executor", choose)
+    monkeypatch.setattr(submission, "require", lambda *asked: None)
     return found
 
 

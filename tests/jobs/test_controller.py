@@ -163,7 +163,6 @@ def parallel(make_lab: MakeLab, *edits: dict[str, Any]) -> Lab:
     lab = make_lab(
         *edits,
         executor={"slots": 2},
-        branches={"main": {"slots": 2}},
         limits={"experiments": 1 + len(edits)},
     )
     lab.run()

@@ -98,11 +98,11 @@ class Lab:
         self.write("campaign.yaml", yaml.safe_dump(self.settings))
 
     def scripts(self, **edits: list[Mapping[str, Any]]) -> None:
-        """A branch for each name, with a script of its own."""
+        """A branch for each name, with a script of its own whose edits are tried in turn."""
         for name, entries in edits.items():
             self.write(f"{name}.yaml", yaml.safe_dump(entries))
         agents = {name: {"kind": "scripted", "script": f"{name}.yaml"} for name in edits}
-        self.configure(branches={name: {"agent": agent} for name, agent in agents.items()})
+        self.configure(branches={k: {"agent": agent, "slots": 1} for k, agent in agents.items()})
 
     def git(self, *words: str) -> str:
         environment = {**os.environ, **GIT, **WHO}

@@ -33,6 +33,9 @@ from rig import (
 sys.path.insert(0, str(ROOT / "tests" / "jobs"))
 import toylab
 
+from jobs import ledger
+from jobs.history import fold
+
 pytestmark = pytest.mark.cluster
 
 SITE = {"cpus": 1, "memory": "200M", "margin": 60.0, "poll_seconds": 1.0, "slots": 8, "nodes": 4}
@@ -44,7 +47,8 @@ class Lab(toylab.Lab):
     def __init__(self, root: Path, kind: str, *edits: Any, **settings: Any) -> None:
         executor = {"kind": kind, **SITE, **settings.pop("executor", {})}
         scripts = settings.pop("scripts", {})
-        super().__init__(root, *edits, executor=executor, **settings)
+        branches = {"main": {"slots": 1}}  # its edits in turn
+        super().__init__(root, *edits, executor=executor, **{"branches": branches, **settings})
         self.scripts(**scripts) if scripts else None
         self.hand_over()
         self.env = environment(root)
@@ -103,6 +107,37 @@ def edits(count: int, nap: float = 0.0, branch: int = 0) -> list[dict[str, Any]]
     return [toylab.change(X=2.0 - n / 64 - branch / 1024, NAP=nap) for n in range(1, count + 1)]
 
 
+WRONG = {
+    "partition": ({"partition": "nowhere"}, "Invalid partition name specified"),
+    "executor.gpus": ({"gpus": "h100:1"}, "node configuration is not available"),
+    "margin, hold_hours": ({"partition": "short", "margin": 600.0}, "PartitionTimeLimit"),
+    "executor.kind": ({}, "there is no sbatch on this host"),
+}
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+@pytest.mark.parametrize("setting", WRONG)
+def test_wrong_settings_are_told_in_slurms_words_and_nothing_is_half_started(
+    lab, home, kind, setting
+):
+    executor, words = WRONG[setting]
+    night = lab(kind, *edits(1), executor=executor)
+    refs, path = ["git", "for-each-ref"], {}
+    before = night.call_as_user(refs)
+    if setting == "executor.kind":
+        (home / "bin").mkdir()
+        (home / "bin" / "git").symlink_to("/usr/bin/git")
+        path = {"PATH": str(home / "bin")}
+    process = night.start(**path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert words in said
+    assert setting in said
+    assert not (night.root / "campaigns").exists()
+    assert night.call_as_user(refs) == before
+    assert not jobs_below(night.root)
+
+
 def branches(count: int, each: int, nap: float = 0.0) -> dict[str, list[dict[str, Any]]]:
     return {f"b{n}": edits(each, nap, n) for n in range(1, count + 1)}
 
@@ -120,16 +155,25 @@ def test_sixteen_experiments_in_eight_places_leave_whole_books(lab, kind):
     night.check_books()
 
 
-@pytest.mark.parametrize("kind", ["slurm", "allocation"])
-@pytest.mark.parametrize(
-    "crossing", ["run.submit:before", "run.submit:after", "ledger.append:before"]
+# Between the intent of the third experiment's run and the record of its submission.
+CROSSINGS = (
+    "run.folder:before:3",
+    "run.snapshot:before:4",  # the first one is the scorer's
+    "run.snapshot:after:4",
+    "run.submit:before:3",
+    "run.submit:after:3",
+    "ledger.append:before:17",
 )
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+@pytest.mark.parametrize("crossing", CROSSINGS)
 def test_a_controller_killed_around_a_submission_loses_and_doubles_nothing(lab, kind, crossing):
     night = lab(kind, *edits(3, nap=1.0))
-    number = {"run.submit:before": 3, "run.submit:after": 3, "ledger.append:before": 9}[crossing]
-    process = night.start(AUTORESEARCH_KILL_AT=f"{crossing}:{number}")
+    process = night.start(AUTORESEARCH_KILL_AT=crossing)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, said
+    assert "e0003-s1-a1" in fold(ledger.read(night.folder / "ledger.jsonl")).open_runs
     process = night.start()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said

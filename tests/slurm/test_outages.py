@@ -13,7 +13,7 @@ from submitit.core import plugins
 from jobs.config import Executor
 from jobs.errors import UserError
 from jobs.model import Budget, Run, Submission
-from slurm import script
+from slurm import script, trial
 from slurm.allocation import AllocationRuns
 from slurm.executor import SlurmExecutor
 from slurm.step import AllocationExecutor
@@ -179,3 +179,28 @@ def test_a_refusal_that_no_node_is_the_reason_of_is_raised(
     program("sinfo", "echo n1")
     with pytest.raises(UserError, match="invalid partition"):
         executor.survey(submissions)
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "refused"),
+    [
+        ("exit 0", ""),
+        (AWAY, ""),
+        (REFUSED + "; exit 1", "Invalid node name specified"),
+        (f"if grep -q n9; then {REFUSED}; exit 1; fi", ""),  # one branch's own trouble
+        ("echo 'Required node not available (down, drained or reserved)' >&2; exit 1", ""),
+    ],
+)
+def test_a_campaign_begins_unless_slurm_refuses_what_all_its_branches_want(
+    program: Program, tmp_path: Path, sbatch: str, refused: str
+) -> None:
+    program("sbatch", sbatch)
+    program("scontrol", "exit 0")
+    program("sinfo", "echo 'gpu*|1-00:00:00'")
+    asked = (Executor(kind="slurm"), tmp_path / "night", 60.0, [{"node": "n9"}, {}])
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            trial.require(*asked)
+    else:
+        trial.require(*asked)
+    assert not (tmp_path / "night").exists()
