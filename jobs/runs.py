@@ -96,8 +96,12 @@ class Runs:
             _make(folder)
             materialise.task(site, state, experiment, run.run, folder).save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
-        self._repository.snapshot(experiment.commit, folder / "program", editable)
         place = _place(state, run)
+        try:
+            self._repository.snapshot(experiment.commit, folder / "program", editable)
+        except UserError as error:  # a file that no run can be given: its experiment's own fault
+            self._refused[run.run.id] = str(error)
+            return
         try:
             with effect("run.submit"):
                 limit = self._limit_s(run)

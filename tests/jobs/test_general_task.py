@@ -181,3 +181,15 @@ def test_what_a_program_leaves_running_ends_with_its_run(
     commands = (Path(f"/proc/{pid}/cmdline") for pid in os.listdir("/proc") if pid.isdigit())
     assert not [p for p in commands if p.exists() and mark.encode() in p.read_bytes()]
     check_books(lab)
+
+
+def test_a_file_that_no_run_can_be_given_pauses_with_its_name(make_lab: MakeLab) -> None:
+    lab = make_lab(limits={"experiments": 2})
+    (lab.root / "data").symlink_to("/etc")
+    lab.git("add", "data")
+    lab.git("commit", "--quiet", "--message", "a link")
+    status, said = lab.call()
+    assert status == 3
+    assert "'data' is a symbolic link to '/etc', outside the commit's own files" in said
+    assert not lab.state.open_runs
+    assert lab.call("status")[0] == 0
