@@ -183,7 +183,7 @@ def test_what_a_program_leaves_running_ends_with_its_run(
     check_books(lab)
 
 
-def test_a_file_that_no_run_can_be_given_pauses_with_its_name(make_lab: MakeLab) -> None:
+def test_a_file_that_no_run_can_be_given_pauses_with_its_name(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(limits={"experiments": 2})
     (lab.root / "data").symlink_to("/etc")
     lab.git("add", "data")
