@@ -310,7 +310,7 @@ class AllocationRuns:
 
         Not those that an earlier controller started and this one has yet to `find`.
         """
-        over = [e for e in self._table if not (self._attached(e) or _key(e) in steps)]
+        over = [e for e in self._table if not self._lives(e, steps)]
         done = [e.run for e in over if e.run not in wanted and (e.finished or e.run in self._known)]
         self._table.drop(*done)
         for run in done:
@@ -325,6 +325,13 @@ class AllocationRuns:
     def _attached(self, entry: Entry) -> bool:
         srun = self._sruns.get(entry.run)
         return srun is not None and srun.poll() is None
+
+    def _lives(self, entry: Entry, steps: Mapping[tuple[str, str], str]) -> bool:
+        """Whether its srun or Slurm shows it. Of a node that died under its holder, Slurm (22.05)
+        goes on to list the steps."""
+        holders = [h for h in self._holders or [] if h.row.job == entry.holder]
+        lost = any(h.running and entry.node not in h.nodes for h in holders)
+        return not lost and (self._attached(entry) or _key(entry) in steps)
 
     def _begun(self, entry: Entry) -> bool:
         """Whether the step's task ever ran: then it is not for us to start it again."""
@@ -354,7 +361,7 @@ class AllocationRuns:
         srun = self._sruns.get(entry.run)
         failed = srun is not None and (srun.poll() or 0) > 0
         young = time.time() - (entry.launched or 0) < STARTING_S
-        if self._attached(entry) or _key(entry) in steps or self._begun(entry):
+        if self._lives(entry, steps) or self._begun(entry):
             return
         if (failed or not young) and entry.launches < LAUNCHES:
             self._sruns.pop(entry.run, None)
@@ -377,7 +384,7 @@ class AllocationRuns:
             return self._why_waiting(entry)
         state = JobState("running", node=entry.node, queue_s=entry.launched - entry.asked)
         holder, begun = jobs.get(entry.holder or ""), self._begun(entry)
-        if self._attached(entry) or _key(entry) in steps:
+        if self._lives(entry, steps):
             return state if begun else replace(state, reason="starting")
         if not begun and time.time() - entry.launched < STARTING_S:
             return replace(state, reason="starting")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -246,12 +247,13 @@ def state_of(row: Row, last_words: str = "") -> JobState:
 
 
 def last_line(log: Path) -> str:
-    """The last words in a log; empty where there are none."""
+    """The last words in a log, Slurm's own (on why it ended the job) if any; empty without."""
     try:
-        lines = log.read_text(errors="replace").split("\n")
+        lines = [line.strip() for line in log.read_text(errors="replace").split("\n")]
     except OSError:
         return ""
-    return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+    slurms = [line for line in lines if re.match(r"slurmstepd\S* error: \*\*\* (STEP|JOB) ", line)]
+    return next((line[-300:] for line in reversed(slurms or lines) if line), "")
 
 
 def scancel(what: Sequence[str]) -> None:

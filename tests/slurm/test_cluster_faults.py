@@ -13,12 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rig import ROOT, wait_for
+from rig import ROOT, USER, jobs_below, slurm, switch, wait_for
 from test_campaign import Lab, branches, edits
 
-from jobs import ledger, policy
+from jobs import ledger, payload, policy
 from jobs.history import State, fold
 
 sys.path.append(str(ROOT / "tests" / "jobs"))
@@ -136,6 +137,103 @@ def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kin
     assert len({result["run"].partition("-")[0] for result in dead}) >= 2
     assert late
     assert not [result for result in results if result["run"] in late and result["node"] == "n2"]
+
+
+def attempts(night: Lab, experiment: str) -> list[dict[str, Any]]:
+    """Results of an experiment's runs, as the ledger has them."""
+    results = [event["result"] for event in night.events("run_ended")]
+    return [result for result in results if result["run"].startswith(f"{experiment}-")]
+
+
+def first_run(night: Lab) -> None:
+    """Wait until the first edit's run is under way."""
+    wait_for((night.folder / "runs/e0002/s1-a1/claim.json").exists, 90, "for the second run")
+
+
+@KINDS
+def test_a_run_that_slurm_ends_at_its_time_limit_is_tried_again(lab, kind):
+    night = lab(kind, *edits(1, nap=100.0))
+    process = night.start()
+    first_run(night)
+    if kind == "slurm":
+        (job,) = (j for j in jobs_below(night.root) if "e0002" in slurm("squeue", "-hj", j, "-o%j"))
+        slurm("scontrol", "update", f"jobid={job}", "timelimit=1")
+    else:
+        steps = slurm("squeue", "--steps", "-h", "-u", USER, "-o", "%i %j").splitlines()
+        step = next(line.split()[0] for line in steps if f"{night.name}-e0002" in line)
+        slurm("scontrol", "update", f"stepid={step}", "timelimit=1")
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    first, second = attempts(night, "e0002")
+    assert first["status"] == "infrastructure"
+    assert ("TIMEOUT" if kind == "slurm" else "TIME LIMIT") in first["details"]["job"]
+    assert second["status"] == "ok"
+    night.check_books()
+
+
+def test_a_run_that_is_preempted_is_tried_again_and_blames_no_node(lab):
+    night = lab("slurm", *edits(1, nap=10.0), executor={"gpus": "2"})
+    process = night.start()
+    first_run(night)
+    node = slurm("squeue", "-h", "-o", "%N", "-j", *jobs_below(night.root)).strip()
+    slurm("sbatch", "-p", "urgent", "-w", node, "--gres=gpu:2", "--mem=100M", "-o", "/dev/null",
+          f"--uid={USER}", "--wrap", "sleep 20")  # fmt: skip
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    first, second = attempts(night, "e0002")
+    assert (first["status"], first["details"]["job"]) == ("infrastructure", "PREEMPTED")
+    assert first["details"]["preempted"]
+    assert second["status"] == "ok"
+    state = fold(ledger.read(night.folder / "ledger.jsonl"))
+    assert not any(run.died for runs in state.nodes.values() for run in runs)
+    night.check_books()
+
+
+def above(pid: int) -> Iterator[int]:
+    """Those that a process descends from."""
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
+
+
+def end_node(node: str) -> None:
+    """Its slurmd, and all that runs there for this project, as when the power fails."""
+    runs = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    runs = [p for p in runs if environ(p).get("SLURMD_NODENAME") == node]
+    starters = {p for run in runs for p in above(run)}
+    steps = [p for p in starters if Path(f"/proc/{p}/comm").read_text() == "slurmstepd\n"]
+    daemon = int(Path(f"/run/autoresearch-cluster/pid/slurmd-{node}").read_text())
+    for pid in (daemon, *steps, *runs):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@KINDS
+def test_runs_of_a_node_that_dies_are_run_on_the_others(lab, kind):
+    night = lab(kind, scripts=branches(8, 1, nap=25.0))
+    process = night.start()
+    node = "n4"  # not the first one: with it the holder's own script would end
+
+    def of_an_edit(seen: dict[str, str]) -> bool:
+        name = seen["AUTORESEARCH_RUN_NAME"]
+        edit = name.startswith(night.name) and payload.run_id(name) > "e0009"
+        return edit and seen.get("SLURMD_NODENAME") == node
+
+    wait_for(lambda: list(scorers(of_an_edit)), 200, "for a run there")
+    try:
+        end_node(node)
+        said, _ = process.communicate(timeout=500)
+    finally:
+        switch(accounting=False)
+    assert process.returncode == 0, said
+    night.check_books()
+    state = fold(ledger.read(night.folder / "ledger.jsonl"))
+    assert [r.verdict for r in state.experiments()] == ["keep"] * 16
+    results = [event["result"] for event in night.events("run_ended")]
+    dead = [result for result in results if result["status"] != "ok"]
+    assert dead
+    assert {result["node"] for result in dead} == {node}
+    assert kind == "allocation" or all("NODE_FAIL" in result["reason"] for result in dead)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from jobs.errors import UserError
 from jobs.model import Budget, Run
 from slurm import commands
 from slurm.commands import Busy, Row, Unanswered
-from slurm.executor import state_of
+from slurm.executor import last_line, state_of
 
 
 @pytest.fixture
@@ -216,3 +216,20 @@ def test_a_host_without_slurm_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch
 
 def test_a_runs_id_is_the_end_of_its_name():
     assert payload.run_id("my-night-e0042-s1-a1") == "e0042-s1-a1"
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("one\ntwo\n\n", "two"),
+        ("one\nslurmstepd-n2: error: *** STEP 4.0 ON n2 CANCELLED DUE TO TIME LIMIT ***\nbye\n",
+         "slurmstepd-n2: error: *** STEP 4.0 ON n2 CANCELLED DUE TO TIME LIMIT ***"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_the_last_words_of_a_log_are_slurms_own_where_it_ended_the_job(
+    tmp_path: Path, log: str, words: str
+):
+    (tmp_path / "log").write_text(log)
+    assert last_line(tmp_path / "log") == words
+    assert last_line(tmp_path / "none") == ""
