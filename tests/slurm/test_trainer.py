@@ -5,6 +5,8 @@ Every run trains for 50 optimiser steps and more, and must end far below the unt
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import ROOT, interpreter
+from rig import ROOT, interpreter, wait_for
 from test_campaign import Lab, as_a_job_through_requeues_and_an_outage, toylab
 
 sys.path += [str(ROOT / "tests" / "containers"), str(ROOT / "tests" / "agent")]
@@ -21,6 +23,7 @@ import accounts
 import server
 from test_night import IDEAS, a_third, holds_key, look_for_key, tunes
 
+from containers import images
 from containers.images import Image
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(5400)]
@@ -107,6 +110,35 @@ def test_sixteen_trainings_in_eight_places_at_once(lab, kind):
     assert process.returncode == 0, said
     good = check(night, 16)
     assert len({(result["node"], result["device"]) for result in good}) == 8
+
+
+def flip(file: Path) -> None:
+    """Change the last bit of a file."""
+    file.chmod(0o755)
+    with file.open("r+b") as content:
+        content.seek(-1, os.SEEK_END)
+        last = content.read(1)
+        content.seek(-1, os.SEEK_END)
+        content.write(bytes([last[0] ^ 1]))
+
+
+def test_an_image_changed_by_a_byte_pauses_the_night_which_goes_on_once_it_is_back(image, home):
+    store = home / "images"
+    store.mkdir()
+    for path in Path(image.path).parent.glob(f"{Path(image.path).stem}.*"):
+        shutil.copy2(path, store / path.name)
+    mine = images.find(store, image.sha256)
+    night = TrainerLab(home / "lab", "slurm", mine, branches=1, each=2)
+    process = night.start()
+    wait_for((night.folder / "runs/e0002/s1-a1/claim.json").exists, 300, "for the second run")
+    flip(Path(mine.path))
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 3, said
+    assert f"recorded is sha256 {image.sha256}, found is" in said
+    flip(Path(mine.path))
+    said, _ = (process := night.start()).communicate(timeout=300)
+    assert process.returncode == 0, said
+    check(night, 3)
 
 
 @pytest.mark.proof
