@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -46,6 +47,27 @@ def test_a_general_tasks_metric_names_its_column(tmp_path: Path) -> None:
     write_tables(tmp_path, night.state)
     assert rows(tmp_path / "results.tsv")[0][1] == "seconds"
     assert rows(tmp_path / "results.tsv")[1][1] == "1.25e-05"
+
+
+def test_a_new_row_reads_the_results_of_its_own_experiment_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = long_night(100)
+    kept = Tables(tmp_path)
+    kept.update(night.state)
+    read: list[Any] = []
+    result = history.State.result
+
+    def counted(state: history.State, run: Any) -> Any:
+        read.append(run)
+        return result(state, run)
+
+    monkeypatch.setattr(history.State, "result", counted)
+    night.try_("one more", 0.9)
+    read.clear()
+    kept.update(night.state)
+    assert len(read) <= 2  # once for each of the two tables it stands in
+    assert "one more" in (tmp_path / "results.tsv").read_text().splitlines()[-1]
 
 
 def test_appended_row_by_row_it_is_byte_for_byte_the_full_rewrite(tmp_path: Path) -> None:
