@@ -218,6 +218,29 @@ def test_the_recorded_ledger_says_for_ever_what_it_said() -> None:
     assert policy.verify(ledger.read(RECORDED)) == []
 
 
+def test_the_ledger_of_a_real_controller_says_for_ever_what_it_said() -> None:
+    """A toy campaign: killed once, resumed with another limit, an order refused, closing reruns."""
+    path = RECORDED.with_name("toy.jsonl")
+    state = fold(ledger.read(path))
+    assert [(r.branch, r.description, r.verdict, r.metric) for r in state.experiments()] == [
+        ("main", "baseline", "keep", 10.0),
+        ("side", "baseline", "keep", 10.0),
+        ("main", "X 1, NAP 0.1", "keep", 9.0),
+        ("side", "Y 1", "keep", 1.0),
+        ("side", "X 1.5", "keep", 0.25),
+        ("main", "X 6", "discard", 34.0),
+        ("main", "broken", "discard", None),
+        ("main", "X -1", "parked", None),
+        ("main", "Y 2", "keep", 1.0),
+    ]
+    assert [r.id for r in state.chain("main")] == ["e0001", "e0003", "e0009"]
+    assert state.branch("main").notes == ("try it",)
+    assert [run.status for run in state.record("e0008").runs] == ["infrastructure"] * 2
+    assert not state.open_runs
+    assert not state.requests
+    assert policy.verify(ledger.read(path)) == []
+
+
 def test_chunks_read_back_as_they_were_written() -> None:
     story = Story()
     story.experiment(2.0, tags=("a", "b"))
