@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -730,6 +731,22 @@ def test_a_run_beyond_its_wall_limit_is_a_timeout(make_lab: MakeLab) -> None:
     assert result.status == "timeout"
     assert lab.verdicts() == {"baseline": "keep", "X 1, NAP 60": "discard"}
     check_books(lab)
+
+
+def test_an_edit_of_program_md_counts_from_the_next_proposal_and_its_hash_is_recorded(
+    make_lab: MakeLab,
+) -> None:
+    lab = make_lab(change(X=1), change(Y=1))
+    texts = {"before": (lab.root / "program.md").read_text(), "after": "Lower Y alone.\n"}
+
+    def edit(line: str) -> None:
+        if line.startswith("e0002"):  # decided: the next is asked for afterwards
+            lab.write("program.md", texts["after"])
+
+    lab.run(edit)
+    told = [e["experiment"]["program_sha256"] for e in lab.events("proposed")]
+    before, after = (hashlib.sha256(text.encode()).hexdigest() for text in texts.values())
+    assert told == [before, before, after]
 
 
 def test_a_program_md_that_is_gone_pauses_its_branch_alone(make_lab: MakeLab) -> None:
