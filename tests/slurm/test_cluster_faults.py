@@ -166,7 +166,7 @@ def test_a_run_that_slurm_ends_at_its_time_limit_is_tried_again(lab, kind):
     assert process.returncode == 0, said
     first, second = attempts(night, "e0002")
     assert first["status"] == "infrastructure"
-    assert ("TIMEOUT" if kind == "slurm" else "TIME LIMIT") in first["details"]["job"]
+    assert ("TIMEOUT" if kind == "slurm" else "TIME LIMIT") in first["details"]["job_end"]
     assert second["status"] == "ok"
     night.check_books()
 
@@ -181,7 +181,7 @@ def test_a_run_that_is_preempted_is_tried_again_and_blames_no_node(lab):
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     first, second = attempts(night, "e0002")
-    assert (first["status"], first["details"]["job"]) == ("infrastructure", "PREEMPTED")
+    assert (first["status"], first["details"]["job_end"]) == ("infrastructure", "PREEMPTED")
     assert first["details"]["preempted"]
     assert second["status"] == "ok"
     state = fold(ledger.read(night.folder / "ledger.jsonl"))
