@@ -183,7 +183,7 @@ def test_a_controller_killed_around_a_submission_loses_and_doubles_nothing(lab, 
 
 def test_a_night_as_a_job_goes_on_across_its_requeue_and_an_outage(lab, home):
     night = lab("allocation", scripts=branches(8, 13, nap=1.0), executor={"margin": 120.0})
-    as_a_job_through_requeues_and_an_outage(night, home, patience_s=120)
+    as_a_job_through_requeues_and_an_outage(night, home, patience_s=240)
 
 
 def as_a_job_through_requeues_and_an_outage(night: Lab, home: Path, patience_s: float) -> None:
