@@ -196,7 +196,10 @@ def test_a_lab_on_this_machine_is_found_fit_and_nothing_is_changed(make_lab, ask
 
 
 def test_people_are_told_each_check_in_a_line_and_what_it_comes_to(make_lab, monkeypatch, capsys):
-    monkeypatch.chdir(make_lab(change(X=1)).root)
+    lab: Lab = make_lab(change(X=1))
+    lab.git("config", "user.name", "T")
+    lab.git("config", "user.email", "t@example.org")
+    monkeypatch.chdir(lab.root)
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("ok      git: ") for line in lines)
