@@ -171,7 +171,7 @@ def test_twenty_experiments_by_a_faulty_api_keep_what_is_better_and_nothing_else
 
 
 def test_an_outage_idles_a_slot_for_the_patience_once_and_no_longer(tmp_path):
-    patience = 3.0
+    patience = 6.0
     with Server(descends, lambda call: "529" if call >= 6 else None) as server:
         folder = look_for_x(tmp_path / "lab", server, 12, patience)
     told = events(folder)
@@ -183,7 +183,7 @@ def test_an_outage_idles_a_slot_for_the_patience_once_and_no_longer(tmp_path):
         (after - before).total_seconds() for before, after in zip(ended, began[1:], strict=False)
     )
     assert len(idle) == 11
-    assert patience / 2 < idle[-1] < patience + 5  # the model is waited for, and then replaced
+    assert patience / 2 < idle[-1] < patience + 10  # the model is waited for, and then replaced
     assert idle[-2] < patience / 2
     experiments = [e["experiment"] for e in told if e["event"] == "proposed"]
     assert [e["researcher"] for e in experiments].count("sweep") == 9
