@@ -202,7 +202,9 @@ def as_a_job_through_requeues_and_an_outage(night: Lab, home: Path, patience_s: 
 
     def started_again() -> None:
         wait_for(lambda: "PENDING" in slurm("squeue", "-h", "-j", job, "-o", "%T"), 60)
-        # not the two minutes' hold-off
+        # not the two minutes' hold-off; but Slurm would take what starts within a second of its
+        # requeue for the job whose credential was just revoked, and end it
+        time.sleep(3)
         slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     wait_for(lambda: decided() >= 20, 2 * patience_s, "for the first twenty")
