@@ -45,7 +45,8 @@ class Numbers:
     def propose(self, state: State, branch: str, context: Context) -> Proposal:
         path, text = next(iter(context.files.items()))
         lines, place = text.splitlines(keepends=True), context.number * 9 % 700
-        lines[place] = f"value_{place} = {context.number + 0.5}  # {branch}\n"
+        # of its branch, too: what another one tried already is refused
+        lines[place] = f"value_{place} = {context.number}.5{branch[1:]}\n"
         text = "".join(lines)
         return Proposal(branch, context.base, {path: text}, f"try {context.number}", "numbers")
 
