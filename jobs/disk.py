@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jobs import payload
 from jobs.errors import Paused
 
 WEIGHTS, SAMPLE = "model.safetensors", "sample.txt"
@@ -97,17 +98,18 @@ def leftovers(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def job_folders(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
-    """Where submitit kept scripts, logs and pickles of runs that are not under way."""
-    names = {path: path.name.rsplit("-", 3) for path in campaign_dir.glob("submitit/*-e*-s*-a*")}
-    return sorted(p for p, (_, e, s, a) in names.items() if f"{e}/{s}-{a}" not in open_folders)
+def job_folders(campaign_dir: Path, open_folders: set[str]) -> dict[Path, str]:
+    """Where submitit kept scripts, logs and pickles of runs not under way, and those runs' folders
+    below runs/."""
+    paths = sorted(campaign_dir.glob("submitit/*-e*-s*-a*"))
+    found = {path: payload.run_id(path.name).replace("-", "/", 1) for path in paths}
+    return {path: run for path, run in found.items() if run not in open_folders}
 
 
 def sweep_jobs(campaign_dir: Path, open_folders: set[str]) -> None:
     """Remove those whose runs told their end themselves, once the jobs are surely over."""
-    for path in job_folders(campaign_dir, open_folders):
-        _, experiment, seed, attempt = path.name.rsplit("-", 3)
-        told = (campaign_dir / "runs" / experiment / f"{seed}-{attempt}" / "result.json").exists()
+    for path, run in job_folders(campaign_dir, open_folders).items():
+        told = (campaign_dir / "runs" / run / "result.json").exists()
         if told and time.time() - path.stat().st_mtime > JOB_OVER_S:
             _remove(path)
 

@@ -12,6 +12,7 @@ from typing import Any
 from jobs.config import Config
 from jobs.history import State
 from jobs.model import Budget, Experiment, Run
+from jobs.submission import Place, place_of
 from trainer import prepare
 from trainer.referee.task import Budget as TaskBudget
 from trainer.referee.task import Limits, Scorer, Task
@@ -95,14 +96,10 @@ def wall_limit_s(config: Config, ceiling: float | None) -> float:
     return startup_free_s(config) + training + overrun + SCORING_S + ENDING_S
 
 
-def first_wish(config: Config) -> tuple[float, list[dict[str, str]]]:
+def first_wish(config: Config) -> tuple[float, list[Place]]:
     """What the first runs ask of an executor: seconds of wall time, and their branches' places."""
     limit_s = wall_limit_s(config, feed_ceiling_s(State(), config, ""))
-    places = [
-        {k: v for k in ("node", "constraint", "gpu") if (v := getattr(branch, k))}
-        for branch in config.branches.values()
-    ]
-    return limit_s, places
+    return limit_s, [place_of(vars(branch)) for branch in config.branches.values()]
 
 
 def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Path) -> Task:

@@ -19,10 +19,9 @@ from jobs.model import Experiment, Result, Run, to_json
 from jobs.plan import Wanted
 from jobs.repository import Repository
 from jobs.runs import Runs
-from jobs.submission import Executor
+from jobs.submission import PLACE, Executor
 
 POLL_S = 0.1
-PLACE = ("node", "constraint", "gpu")  # of a branch, where the campaign ran
 
 
 class Memory(Journal):

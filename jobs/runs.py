@@ -14,12 +14,12 @@ from typing import Any
 from jobs import materialise, outcome
 from jobs.effects import effect
 from jobs.errors import Paused, UserError
-from jobs.history import OpenRun, State
+from jobs.history import OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
 from jobs.plan import Wanted
 from jobs.repository import Repository
-from jobs.submission import Executor, JobState, Place
+from jobs.submission import Executor, JobState, place_of
 
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
 EXPLAINED_AFTER_S = 60.0  # so long a run that was ended from outside waits for Slurm's reason
@@ -96,7 +96,7 @@ class Runs:
             _make(folder)
             materialise.task(site, state, experiment, run.run, folder).save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
-        place = _place(state, run)
+        place = place_of(state.branch(run.branch).settings)
         try:
             self._repository.snapshot(experiment.commit, folder / "program", editable)
         except UserError as error:  # a file that no run can be given: its experiment's own fault
@@ -173,7 +173,7 @@ class Runs:
         if not os.path.exists(f"{self._site.campaign_dir}/runs/{run.folder}/result.json"):
             return None  # asked for every run at every look: no Path is made for that
         result = outcome.read(self.folder(run), run.run)
-        wanted = _place(self._journal.state, run).get("gpu")
+        wanted = place_of(self._journal.state.branch(run.branch).settings).get("gpu")
         if result is None or result.gpu is None or (wanted or "").lower() in result.gpu.lower():
             return result
         why = f"it ran on {result.gpu}, its branch wants {wanted}"
@@ -252,12 +252,6 @@ class Runs:
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
         return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
-
-
-def _place(state: State, run: OpenRun) -> Place:
-    """Where the run's branch wants it."""
-    settings = state.branch(run.branch).settings
-    return {k: settings[k] for k in ("node", "constraint", "gpu") if settings.get(k)}
 
 
 def _make(folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from agent import keys
 from jobs import payload, process
@@ -39,9 +39,15 @@ class JobState:
     oom: bool = False  # its memory limit ended it, by the cgroup's evidence
 
 
-# Where a branch wants its runs: any of "node", "constraint" (a feature of nodes), "gpu" (a model).
+# Where a branch wants its runs: on a node, on nodes with a feature, on a GPU model; any of them.
+PLACE = ("node", "constraint", "gpu")
 Place = Mapping[str, str]
 ANYWHERE: Place = MappingProxyType({})
+
+
+def place_of(settings: Mapping[str, Any]) -> Place:
+    """Where a branch of these settings wants its runs."""
+    return {k: settings[k] for k in PLACE if settings.get(k)}
 
 
 class Executor(Protocol):
