@@ -221,10 +221,12 @@ class Recurrent(torch.nn.Module):
         self.memory = torch.nn.GRU(24, 32, num_layers=2, batch_first=True)
         self.head = torch.nn.Linear(32, vocab)
 
+    def logits(self, x):
+        return self.head(self.memory(self.embedding(x))[0])
+
     def forward(self, x, y, reduction="mean"):
-        logits = self.head(self.memory(self.embedding(x))[0])
         return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), y.flatten(), reduction=reduction
+            self.logits(x).flatten(0, 1), y.flatten(), reduction=reduction
         )
 
 
@@ -235,20 +237,19 @@ class Neighbours(Recurrent):
         super().__init__(vocab)
         self.memory = torch.nn.Conv1d(24, 32, 5)
 
-    def forward(self, x, y, reduction="mean"):
+    def logits(self, x):
         seen = torch.nn.functional.pad(self.embedding(x).mT, (4, 0))
-        logits = self.head(torch.relu(self.memory(seen)).mT)
-        return torch.nn.functional.cross_entropy(logits.mT, y, reduction=reduction)
+        return self.head(torch.relu(self.memory(seen)).mT)
+
+    def forward(self, x, y, reduction="mean"):
+        return torch.nn.functional.cross_entropy(self.logits(x).mT, y, reduction=reduction)
 
 
 class Hopeless(Recurrent):
     """Sure of the wrong token: losses of a hundred nats beside losses of none."""
 
-    def forward(self, x, y, reduction="mean"):
-        logits = 100.0 * torch.nn.functional.one_hot(x, self.head.out_features).float()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), y.flatten(), reduction=reduction
-        )
+    def logits(self, x):
+        return 100.0 * torch.nn.functional.one_hot(x, self.head.out_features).float()
 
 
 def transformer(vocab: int, steps: int):
@@ -425,7 +426,7 @@ def test_killed_at_any_step_the_same_command_finishes(texts, tmp_path):
 def test_ctrl_c_ends_in_words_and_leaves_no_half_file(texts, tmp_path):
     text = "".join(path.read_text() for path in sorted(texts.iterdir()))
     (tmp_path / "many").mkdir()
-    for i in range(60):  # enough for a second of work: the signal has to come before the end
+    for i in range(240):  # enough for seconds of work: the signal has to come before the end
         (tmp_path / "many" / f"{i}.txt").write_text(f"{i}\n{text}")
     arguments = ["--corpus", f"dir:{tmp_path / 'many'}", "--data", tmp_path / "data"]
     process = subprocess.Popen(
