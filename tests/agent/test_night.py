@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from server import KEY, Reply, Server, edit, last_result, step, submit, text_of,
 
 from agent import constants
 from jobs.history import fold
+from tests.small_lab import lab
 
 ROOT = Path(__file__).parents[2]
 SECRET = {"ANTHROPIC_API_KEY": KEY}
@@ -28,18 +30,6 @@ FAULTS = ("529", "429", "mid-stream-error", "clean-drop", "chunked-drop", "max-t
 def a_third(call: int) -> str | None:
     """A fault at every third call, each kind in its turn."""
     return FAULTS[call // 3 % len(FAULTS)] if call % 3 == 1 else None
-
-
-def lab(folder: Path, files: dict[str, str], settings: dict[str, Any]) -> Path:
-    """A git repository with these files and a campaign.yaml."""
-    folder.mkdir()
-    for path, text in {**files, "campaign.yaml": json.dumps(settings)}.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
-    who = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "start"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
-    return folder
 
 
 def run(folder: Path, timeout: float, **environ: str) -> str:
@@ -52,22 +42,31 @@ def run(folder: Path, timeout: float, **environ: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    seen: Counter[str] = Counter()
-    over = threading.Event()
-    watch = threading.Thread(target=look_for_key, args=(controller.pid, seen, over))
-    watch.start()
     try:
-        said = controller.communicate(timeout=timeout)[0]
+        with watched_for_key(controller.pid) as seen:
+            said = controller.communicate(timeout=timeout)[0]
     finally:
         controller.kill()
-        over.set()
-        watch.join()
     assert controller.returncode == 0, said
     assert KEY not in said
     assert seen["looks"] > 10
     assert seen["processes of runs"] > 10  # the watch does see them
     assert seen["keys"] == 0
     return said
+
+
+@contextlib.contextmanager
+def watched_for_key(controller: int) -> Iterator[Counter[str]]:
+    """Counts what `look_for_key` sees meanwhile."""
+    seen: Counter[str] = Counter()
+    over = threading.Event()
+    watch = threading.Thread(target=look_for_key, args=(controller, seen, over))
+    watch.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watch.join()
 
 
 def look_for_key(controller: int, seen: Counter[str], over: threading.Event) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from agent import constants
 from jobs import campaign
+from tests.small_lab import lab
 
 ROOT = Path(__file__).parents[2]
 EDITS = [
@@ -36,17 +37,11 @@ def test_an_edit_that_lowers_the_score_is_kept_and_one_that_raises_it_is_not(
         "trainer/train.py": constants.replace(shipped, {"matrix_rate": 0.002}, "cpu"),
         "program.md": (ROOT / "program.md").read_text(),
         "edits.yaml": json.dumps(EDITS),
-        "campaign.yaml": json.dumps(SETTINGS),
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    who = ("-c", "user.name=t", "-c", "user.email=t@localhost")
-    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "start"]):
-        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    root = lab(tmp_path / "lab", files, SETTINGS)
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "run"],
-        cwd=tmp_path,
+        cwd=root,
         # Without a compiler: so few steps compile for longer than they train.
         env={**os.environ, "PYTHONPATH": str(ROOT), "CXX": "none"},
         capture_output=True,
@@ -54,7 +49,7 @@ def test_an_edit_that_lowers_the_score_is_kept_and_one_that_raises_it_is_not(
         timeout=550,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    state = campaign.read(tmp_path / "campaigns" / "trained")
+    state = campaign.read(root / "campaigns" / "trained")
     first, lower, higher = state.experiments("main")
     assert [first.verdict, lower.verdict, higher.verdict] == ["keep", "keep", "discard"]
     assert lower.metric < first.metric

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from test_campaign import Lab, as_a_job_through_requeues_and_an_outage, toylab
 sys.path += [str(ROOT / "tests" / "containers"), str(ROOT / "tests" / "agent")]
 import accounts
 import server
-from test_night import IDEAS, a_third, holds_key, look_for_key, tunes
+from test_night import IDEAS, a_third, holds_key, tunes, watched_for_key
 
 from containers import images
 from containers.images import Image
@@ -156,14 +154,8 @@ def test_a_model_behind_a_faulty_api_drives_twenty_trainings(lab, kind):
         night = lab(kind, branches=1, each=20, agent=agent)
         night.env["ANTHROPIC_API_KEY"] = server.KEY
         process = night.start()
-        seen, over = Counter(), threading.Event()
-        watch = threading.Thread(target=look_for_key, args=(process.pid, seen, over))
-        watch.start()
-        try:
+        with watched_for_key(process.pid) as seen:
             said, _ = process.communicate(timeout=3600)
-        finally:
-            over.set()
-            watch.join()
     assert process.returncode == 0, said
     assert seen["keys"] == 0
     assert holds_key(night.root) == []
