@@ -162,15 +162,15 @@ class Model:
             attempt += 1
 
     def _wait(self, failed: Failure, attempt: int, began: float) -> float:
-        """Seconds until the next try; Stopped where that would be beyond the patience."""
+        """Seconds until the next try, the last one as the patience ends; Stopped beyond it."""
         with self._lock:
             since = self._failing_since = self._failing_since or began
-        wait: float = min(self._pace_s * 2 ** min(attempt, 10), LONGEST_WAIT_S)
-        wait *= random.uniform(0.5, 1.0)
+        left: float = since + self.settings.outage_patience - time.monotonic()
         told = failed.retry_after or 0.0
-        if time.monotonic() + max(wait, told) - since > self.settings.outage_patience:
+        if left <= 0 or told > left:
             raise Stopped(failed.reason, after(min(max(told, RETURN_S), LONGEST_RETURN_S)))
-        return min(max(wait, told), LONGEST_WAIT_S)
+        pace: float = self._pace_s * 2 ** min(attempt, 10) * random.uniform(0.5, 1.0)
+        return min(max(pace, told), left, LONGEST_WAIT_S)
 
     def _once(
         self, request: Mapping[str, Any], stop: threading.Event, deadline: float
