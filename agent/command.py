@@ -103,7 +103,7 @@ class Command:
     ) -> str | None:
         said = {**files, "the last line": json.dumps(told, ensure_ascii=False)}
         for where, text in said.items():
-            if any(secret in text for secret in self._secrets()):
+            if any(secret in text for secret in self._credentials().values()):
                 return f"{where} contains the API key: take it out"
         return edit.refusal(edit.of(context, files or context.files))
 
@@ -146,10 +146,12 @@ class Command:
 
     def _environment(self) -> dict[str, str]:
         """The agent is the one child that may need a key: in its environment, never in its argv."""
-        if not (self._settings.preset and self._settings.key_file):
-            return dict(os.environ)
-        key = keys.load(self._settings.key_file)
-        return {**keys.without(), keys.VARIABLES[0]: key["api_key"]}
+        return {**os.environ, **self._credentials()}
+
+    def _credentials(self) -> dict[str, str]:
+        if self._settings.preset and self._settings.key_file:
+            return {keys.VARIABLES[0]: keys.load(self._settings.key_file)["api_key"]}
+        return keys.found()
 
     def _run(
         self, folder: Path, prompt: str, deadline: float, context: Context, dollars: float
@@ -173,7 +175,7 @@ class Command:
                 _end(child)
             output.seek(0)
             text = output.read(LARGEST_OUTPUT).decode(errors="replace")
-        text = keys.scrub(text, *self._secrets())
+        text = keys.scrub(text, *self._credentials().values())
         return self._outcome(text, child.returncode, trouble, dollars)
 
     def _watch(
@@ -192,11 +194,6 @@ class Command:
             if _memory_mb(child.pid) > self._settings.memory_mb:
                 return f"it used more than agent.memory_mb ({self._settings.memory_mb})"
         return None
-
-    def _secrets(self) -> list[str]:
-        """What the agent could give away: the keys in its environment."""
-        environment = self._environment()
-        return [environment[name] for name in keys.VARIABLES if environment.get(name)]
 
     def _outcome(self, text: str, code: int, trouble: str | None, dollars: float) -> Outcome:
         """Exit status 0 can hide an API error: the preset's own report is asked."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+_taken: dict[str, str] = {}
 _LOOKS_LIKE_ONE = re.compile(r"sk-ant-[A-Za-z0-9_-]{6,}|(?i:bearer\s+[\w.~+/-]{12,}=*)")
 
 
@@ -16,7 +18,26 @@ class KeyUnusable(ValueError):
     """No key, or a key file that others can read; the message says what to do, never the key."""
 
 
-def load(key_file: str | None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+@contextlib.contextmanager
+def taken() -> Iterator[None]:
+    """The credentials are out of the environment while this lasts: no child inherits them."""
+    _taken.update(found())
+    for variable in _taken:
+        os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        os.environ.update(_taken)
+        _taken.clear()
+
+
+def found(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variable -> credential, of those that `environ` (None: this process) was given."""
+    given = {**os.environ, **_taken} if environ is None else environ
+    return {name: value for name in VARIABLES if (value := given.get(name, "").strip())}
+
+
+def load(key_file: str | None, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The credentials as the SDK's arguments: api_key or auth_token.
 
     Raises:
@@ -35,9 +56,8 @@ def load(key_file: str | None, environ: Mapping[str, str] = os.environ) -> dict[
         if not key:
             raise KeyUnusable(f"agent.key_file {path} is empty")
         return {"api_key": key}
-    for variable, argument in zip(VARIABLES, ("api_key", "auth_token"), strict=True):
-        if environ.get(variable, "").strip():
-            return {argument: environ[variable].strip()}
+    for variable, key in found(environ).items():
+        return {"api_key" if variable == VARIABLES[0] else "auth_token": key}
     raise KeyUnusable(f"no API key: set {VARIABLES[0]} or agent.key_file")
 
 
@@ -47,8 +67,3 @@ def scrub(text: str, *secrets: str) -> str:
         if len(secret) >= 6:
             text = text.replace(secret, "[key]")
     return _LOOKS_LIKE_ONE.sub("[key]", text)
-
-
-def without(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment for child processes that have no business with the key."""
-    return {name: value for name, value in environ.items() if name not in VARIABLES}

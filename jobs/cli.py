@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agent import keys
 from jobs.errors import AutoresearchError, LeaseHeld, UserError
 from jobs.screen import Screen
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused: a person is needed."""
     arguments = _parser().parse_args(argv)
     try:
-        return COMMANDS[arguments.command](arguments)
+        with keys.taken():
+            return COMMANDS[arguments.command](arguments)
     except AutoresearchError as error:
         print(f"autoresearch {arguments.command}: {error}", file=sys.stderr)
         return error.exit_code

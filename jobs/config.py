@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 import typing
 from collections.abc import Hashable, Iterator, Mapping
@@ -24,6 +23,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from agent import keys
 from jobs.errors import ConfigError, UserError
 from jobs.model import to_json
 from jobs.names import check_name
@@ -312,7 +312,7 @@ class Config:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
+def load(path: Path, environ: Mapping[str, str] | None = None) -> Config:
     """The settings in the file at `path`.
 
     Raises:
@@ -327,12 +327,15 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
 
 
 def parse(
-    data: Mapping[str, Any], name: str = "campaign.yaml", environ: Mapping[str, str] = os.environ
+    data: Mapping[str, Any],
+    name: str = "campaign.yaml",
+    environ: Mapping[str, str] | None = None,
 ) -> Config:
     """The settings that `data` (the content of a campaign.yaml, {} for all defaults) gives.
 
     A branch's `agent` is completed by the campaign's; `executor` by `site:`, a mapping or the path
-    of a YAML file that several campaigns share. `agent.kind: auto` is resolved by `environ`.
+    of a YAML file that several campaigns share. `agent.kind: auto` is resolved by the key
+    in `environ` (None: this process's).
 
     Raises:
         ConfigError: with every wrong value, its path and what is allowed.
@@ -452,12 +455,11 @@ def _completed(branch: Any, agent: dict[str, Any]) -> Any:
     return branch | {"agent": agent | own} if isinstance(own, dict) else branch
 
 
-def _resolve(config: Config, environ: Mapping[str, str]) -> Config:
+def _resolve(config: Config, environ: Mapping[str, str] | None) -> Config:
     def resolved(agent: Agent) -> Agent:
         if agent.kind != "auto":
             return agent
-        key = agent.key_file or environ.get("ANTHROPIC_API_KEY")
-        key = key or environ.get("ANTHROPIC_AUTH_TOKEN")
+        key = agent.key_file or keys.found(environ)
         return dataclasses.replace(agent, kind="anthropic" if key else "sweep")
 
     branches = {

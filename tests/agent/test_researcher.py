@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -254,7 +255,17 @@ def test_the_key_comes_from_a_private_file_or_the_environment(tmp_path):
 def test_keys_are_scrubbed_from_texts_and_environments():
     text = f"Authorization: Bearer {api.KEY} and my-own-secret"
     assert keys.scrub(text, "my-own-secret") == "Authorization: [key] and [key]"
-    assert "x" not in keys.without({"ANTHROPIC_API_KEY": "x", "PATH": "y"}).values()
+
+
+def test_what_a_command_starts_inherits_no_key_while_the_command_itself_has_it(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "of-nobody-else")
+    told = [sys.executable, "-c", "import os; print(sorted(os.environ))"]
+    with keys.taken():
+        assert keys.load(None) == {"api_key": "of-nobody-else"}
+        inherited = subprocess.run(told, capture_output=True, text=True, check=True).stdout
+    assert "PATH" in inherited
+    assert "ANTHROPIC" not in inherited
+    assert keys.found(os.environ) == {"ANTHROPIC_API_KEY": "of-nobody-else"}
 
 
 @pytest.mark.parametrize("provider", ["bedrock", "vertex"])
