@@ -12,11 +12,11 @@ from pathlib import Path
 import yaml
 
 from jobs import campaign, config, disk, lab, materialise, report
-from jobs.config import Config
 from jobs.errors import UserError
 from jobs.model import Run, to_json
 from jobs.recorded import INSTALL, Clone, Original, kept, original, require
 from jobs.records import Record
+from jobs.settings import Config
 from jobs.text import one_line
 
 HERE, DATA, OUT = "/bundle", "/data", "/out"  # where a container sees the folders

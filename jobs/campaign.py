@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import lab, lease, materialise, mirror, names, snapshot
-from jobs.config import Config, added, to_dict
+from jobs.config import added, to_dict
 from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
 from jobs.ledger import Ledger, Lines
 from jobs.repository import Repository
+from jobs.settings import Config
 from trainer import prepare
 
 VERSION = "0.1.0"

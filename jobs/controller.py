@@ -20,7 +20,6 @@ from agent import program
 from agent.researcher import Researcher
 from jobs import campaign, disk, inbox, materialise, mirror, names, plan, policy, report
 from jobs.campaign import Open
-from jobs.config import Config, deadline
 from jobs.effects import effect
 from jobs.errors import AutoresearchError, Displaced, Paused, UserError, refusals_told
 from jobs.history import Branch, OpenRun
@@ -30,8 +29,10 @@ from jobs.plan import Wanted
 from jobs.proposals import Proposals
 from jobs.repository import BranchInUse, RefMoved
 from jobs.runs import Runs
+from jobs.settings import Config
 from jobs.submission import Executor
 from jobs.tables import Tables
+from jobs.until import deadline
 
 SHOW_S = 1.0  # between two looks around while nothing moves
 TICK_S = 0.02  # between two looks at the world

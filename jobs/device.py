@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs import lab
-from jobs.config import Executor
 from jobs.model import Finding
+from jobs.settings import Executor
 
 PROBE_S = 240.0  # torch from a cold file system, and what a GPU's backends compile
 # Oldest NVIDIA driver for each major version of CUDA, by NVIDIA's table of minor compatibility.

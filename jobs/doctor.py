@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs import campaign, config, device, lab, materialise
-from jobs.config import Agent, Config, Data
 from jobs.errors import AutoresearchError, UserError
 from jobs.model import Finding, to_json
 from jobs.repository import IDENTITY, Repository
+from jobs.settings import Agent, Config, Data
 
 API_S = 15.0
 REPLY_S = 60.0  # attribute caches of NFS hold for up to a minute

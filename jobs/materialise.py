@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.config import Config
 from jobs.history import State
 from jobs.model import Budget, Experiment, Run
+from jobs.settings import Config
 from jobs.submission import Place, place_of
 from trainer import prepare
 from trainer.referee.task import Budget as TaskBudget

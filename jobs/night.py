@@ -10,10 +10,11 @@ from pathlib import Path
 
 from agent.researcher import Researcher, researcher
 from jobs import campaign, lab, materialise, submission
-from jobs.config import Agent, Config, Data, agent_of
+from jobs.config import agent_of
 from jobs.controller import Controller
 from jobs.history import Branch, State
 from jobs.model import Experiment, Run
+from jobs.settings import Agent, Config, Data
 
 
 def run(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs import campaign, disk, lab, materialise, text
-from jobs.config import Config
 from jobs.errors import UserError
 from jobs.evidence import tail
 from jobs.history import State
 from jobs.model import Experiment, Run
+from jobs.settings import Config
 
 LOG_LINES = 30  # of a run that failed, shown
 

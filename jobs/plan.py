@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from jobs import policy
-from jobs.config import Config
 from jobs.history import Branch, Record, State, better
 from jobs.model import Budget, Run
+from jobs.settings import Config
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import config, ledger, materialise, mirror, report
-from jobs.config import Config
 from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Budget, Experiment, Result
 from jobs.records import Record, RunRecord
 from jobs.repository import Repository
+from jobs.settings import Budget as Length
+from jobs.settings import Config
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def kept(clone: Clone) -> dict[str, bytes]:
         return {}
 
 
-def budgeted(kind: str, amount: float, free_s: float | None) -> config.Budget:
+def budgeted(kind: str, amount: float, free_s: float | None) -> Length:
     """The setting that gives this budget."""
     if kind == "tokens":
-        return config.Budget(tokens=int(amount), startup_free=free_s)
-    return config.Budget(wall=float(amount), startup_free=free_s)
+        return Length(tokens=int(amount), startup_free=free_s)
+    return Length(wall=float(amount), startup_free=free_s)
 
 
 def find(clone: Clone, name: str) -> Record:

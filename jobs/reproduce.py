@@ -24,12 +24,13 @@ from jobs import (
     submission,
     verdict,
 )
-from jobs.config import Config
 from jobs.errors import AutoresearchError, UserError
 from jobs.history import State
 from jobs.model import Experiment, Result
 from jobs.recorded import INSTALL, Clone, Original, budgeted, kept, original, require
 from jobs.records import Record
+from jobs.settings import Budget as Length
+from jobs.settings import Config
 from jobs.tables import value, write_whole
 from jobs.text import columns
 
@@ -73,7 +74,7 @@ class Wish:
             chosen = replace(chosen, executor=executor)
         if self.scale:
             data = replace(chosen.data, scale=self.scale, folder=None)  # type: ignore[arg-type]
-            chosen = replace(chosen, data=data, budget=config.Budget())
+            chosen = replace(chosen, data=data, budget=Length())
         if self.data:
             chosen = replace(chosen, data=replace(chosen.data, folder=str(self.data)))
         if self.budget:

@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from jobs import payload, process
-from jobs.config import Executor as Settings
 from jobs.errors import UserError
 from jobs.model import Run, Submission
+from jobs.settings import Executor as Settings
 
 CANCEL_S = 5.0  # for a payload to end by itself
 START_GRACE_S = 15.0  # a payload that has not claimed its run folder by then never started

@@ -18,9 +18,9 @@ from typing import cast
 from submitit.core import plugins
 
 from jobs import payload
-from jobs.config import Executor as Settings
 from jobs.errors import UserError
 from jobs.model import Run, Submission
+from jobs.settings import Executor as Settings
 from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
 from slurm.commands import Row, Unanswered

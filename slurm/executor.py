@@ -13,9 +13,9 @@ from typing import Any
 from submitit import AutoExecutor
 
 from jobs import payload
-from jobs.config import Executor as Settings
 from jobs.errors import AutoresearchError, Paused, UserError
 from jobs.model import Run, Submission
+from jobs.settings import Executor as Settings
 from jobs.submission import ANYWHERE, JobState, Place
 from slurm import commands, script
 from slurm.commands import Busy, Row, Unanswered

@@ -15,7 +15,7 @@ from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string as submitit_script
 
-from jobs.config import Executor as Settings
+from jobs.settings import Executor as Settings
 
 HEARTBEAT_S = 15.0  # how often a controller shows that it is there
 STALE_S = 300.0  # without a heartbeat, a holder gives its nodes back

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from submitit.slurm.slurm import _make_sbatch_string as submitit_script
 
-from jobs.config import Executor as Settings
 from jobs.errors import AutoresearchError, UserError
 from jobs.model import Finding
+from jobs.settings import Executor as Settings
 from jobs.submission import JobState
 from slurm import allocation, commands, script
 from slurm.commands import Unanswered

@@ -14,7 +14,8 @@ OURS = ("jobs", "agent", "slurm", "containers", "trainer")
 
 # Nouns and pure rules: they know each other and nothing that touches the world.
 PURE = tuple(
-    f"jobs.{name}" for name in ["errors", "model", "names", "policy", "records", "history", "text"]
+    f"jobs.{name}"
+    for name in ["errors", "model", "names", "policy", "records", "history", "text", "settings"]
 )
 # The upper end of jobs: each is imported only by those behind it.
 UPPER = ("jobs.controller", "jobs.night", "jobs.demo", "jobs.cli", "jobs.__main__")
@@ -26,7 +27,6 @@ PACKAGES = {
         "containers",
         *PURE,
         "jobs.submission",
-        "jobs.config",
         "jobs.process",
         "jobs.payload",
     ),

@@ -168,6 +168,6 @@ class Tale:
 
 def settings(**changes: Any) -> SimpleNamespace:
     """Agent settings as campaign.yaml's defaults give them."""
-    from jobs.config import Agent
+    from jobs.settings import Agent
 
     return SimpleNamespace(**{**vars(Agent()), **changes})

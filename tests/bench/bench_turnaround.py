@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.config import Executor
 from jobs.model import Budget, Run
+from jobs.settings import Executor
 from slurm import commands
 from slurm.allocation import AllocationRuns
 from slurm.executor import SlurmExecutor

@@ -20,12 +20,12 @@ from toylab import GIT, Lab, change, check_books
 from agent import brief
 from agent.researcher import Context
 from jobs import compare, config, lease, mirror, plan, process, submission
-from jobs.config import Executor
 from jobs.errors import ConfigError, UserError
 from jobs.evidence import Evidence
 from jobs.history import fold
 from jobs.model import Run, Submission
 from jobs.repository import Repository
+from jobs.settings import Executor
 from jobs.submission import LocalExecutor
 from slurm import script
 

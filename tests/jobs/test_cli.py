@@ -17,7 +17,7 @@ import pytest
 import toylab
 from toylab import Lab, change, check_books
 
-from jobs import cli, lab
+from jobs import cli, lab, options
 
 MakeLab = Callable[..., Lab]
 Run = Callable[..., tuple[int, str, str]]
@@ -77,7 +77,7 @@ def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iter
 
 
 def test_every_command_and_every_option_says_what_it_is_for() -> None:
-    found = list(parsers(cli._parser()))
+    found = list(parsers(options.parser()))
     assert {path[0] for path, _ in found if path} == set(cli.COMMANDS)
     for path, parser in found:
         assert parser.description, path

@@ -11,9 +11,9 @@ from typing import Any
 
 import trivial
 
-from jobs.config import Executor
 from jobs.errors import AutoresearchError
 from jobs.model import Budget, Run, Submission, to_json
+from jobs.settings import Executor
 from jobs.submission import ANYWHERE
 
 

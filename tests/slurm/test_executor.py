@@ -76,7 +76,7 @@ def test_a_job_sees_nothing_of_the_controllers_environment_but_what_it_needs(con
 
 
 def test_the_script_is_the_one_that_a_dry_run_shows(controller):
-    from jobs.config import Executor
+    from jobs.settings import Executor
     from slurm import script
 
     night = controller("slurm")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from submitit.core import plugins
 
-from jobs.config import Executor
 from jobs.errors import UserError
 from jobs.model import Budget, Run, Submission
+from jobs.settings import Executor
 from slurm import script, trial
 from slurm.allocation import AllocationRuns
 from slurm.executor import SlurmExecutor

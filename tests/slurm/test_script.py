@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import Executor
+from jobs.settings import Executor
 from slurm import commands, script
 
 GOLDEN = Path(__file__).with_name("golden")

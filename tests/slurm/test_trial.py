@@ -18,7 +18,7 @@ from test_trainer import TrainerLab
 sys.path.append(str(ROOT / "tests" / "containers"))
 import accounts
 
-from jobs.config import Executor
+from jobs.settings import Executor
 from jobs.submission import JobState
 from slurm import trial
 
