@@ -1,18 +1,22 @@
 """A whole run on a GPU: tokens/s, memory, MFU and the time around the budget; or that it was not.
 
-python -m tests.bench.bench_gpu --data DATA --work WORK       (DATA prepared at the scale to run)
+python -m tests.bench.bench_gpu                    at scale small, of the standard library
+python -m tests.bench.bench_gpu --data DATA        at the scale that DATA was prepared for
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from jobs import lab
 from tests.bench import train_runs
 from tests.bench.results import record
 from tests.bench.train_runs import Setting
+from trainer import prepare
 
 SECTION = "Whole runs on a GPU"
 MEASURED = ("startup_seconds", "training_seconds", "overrun_seconds", "scoring_seconds")
@@ -46,17 +50,18 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=train_runs.folder)
-    parser.add_argument("--work", type=train_runs.folder)
+    data = prepare.default_folder("stdlib", "small")
+    parser.add_argument("--data", type=train_runs.folder, default=data)
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         rows = [{"scale": scale, "val_bpb": None} for scale in ("h100", "small")]
         record(SECTION, rows, "No GPU at hand when this was recorded.")
         return
-    if not (asked.data and asked.work):
-        raise SystemExit("with a GPU, --data and --work are needed")
-    asked.work.mkdir(parents=True, exist_ok=True)
-    record(SECTION, measure(Setting(asked.data, asked.work)), "Times in seconds, memory in MiB.")
+    if asked.data == data:
+        lab.prepare("stdlib", "small", data)
+    with tempfile.TemporaryDirectory() as work:
+        rows = measure(Setting(asked.data, Path(work)))
+    record(SECTION, rows, "Times in seconds, memory in MiB.")
 
 
 if __name__ == "__main__":
