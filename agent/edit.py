@@ -27,7 +27,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What the images hold and an experiment may import. campaign.yaml can add to it (agent.imports).
+# What the images hold and an experiment may import.
 IMPORTS = _words(
     "prepare torch numpy math time os sys gc dataclasses typing functools itertools collections"
     " contextlib enum abc random copy operator statistics warnings types string re json inspect"

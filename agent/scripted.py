@@ -30,6 +30,9 @@ class Scripted:
         """Raises UserError: the file is missing, or an edit in it is malformed."""
         self._edits = _read(Path(settings.script or ""))
 
+    def __len__(self) -> int:
+        return len(self._edits)
+
     def reserve(self, state: State, branch: str) -> Usage:
         return Usage()
 
@@ -59,7 +62,10 @@ class Scripted:
 def _read(path: Path) -> list[Mapping[str, Any]]:
     try:
         edits = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        said = f"agent.script {path} could not be read: {error.strerror}"
+        raise UserError(f"{said}. It lies beside campaign.yaml, or name its place") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"agent.script {path} could not be read: {error}") from error
     if not isinstance(edits, list):
         raise UserError(f"agent.script {path} must be a list of edits")

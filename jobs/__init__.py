@@ -1,0 +1,3 @@
+"""The controller."""
+
+VERSION = "0.1.0"

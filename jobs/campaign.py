@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import lab, lease, materialise, mirror, names, snapshot
+from jobs import VERSION, lab, lease, materialise, mirror, names, snapshot
 from jobs.config import added, to_dict
 from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
@@ -19,8 +19,6 @@ from jobs.ledger import Ledger, Lines
 from jobs.repository import Repository
 from jobs.settings import Config
 from trainer import prepare
-
-VERSION = "0.1.0"
 
 
 def folder(config: Config, root: Path) -> Path:
@@ -110,6 +108,25 @@ def data_folder(config: Config) -> Path:
     return prepare.default_folder(config.data.corpus, config.data.scale)
 
 
+def check(config: Config, root: Path) -> list[str]:
+    """What keeps branches of a new campaign from beginning, a line each; the others go on.
+
+    Raises:
+        UserError: no branch could begin. Nothing was written.
+    """
+    repository, problems = Repository(root), []
+    _require_program(repository, config, repository.start("HEAD"))
+    for name, branch in config.branches.items():
+        try:
+            _require_program(repository, config, repository.start(branch.start or "HEAD"))
+            (root / branch.program).read_text(encoding="utf-8")
+        except (UserError, OSError, UnicodeDecodeError) as error:
+            problems.append(f"branch {name} cannot begin: {error}")
+    if len(problems) == len(config.branches):
+        raise UserError("; ".join(problems))
+    return problems
+
+
 @dataclasses.dataclass
 class Open:
     """A campaign that this process may write."""
@@ -137,7 +154,8 @@ def _open(
     config: Config, root: Path, say: Callable[[str], None], stack: contextlib.ExitStack
 ) -> Open:
     repository = Repository(root)
-    for remark in repository.remarks():
+    programs = {branch.program for branch in config.branches.values()}
+    for remark in repository.remarks(["campaign.yaml", *sorted(programs)]):
         say(remark)
     common = site(config, root)
     directory = common.campaign_dir
@@ -146,6 +164,8 @@ def _open(
             f"{directory} looks like scratch: where files there are purged after some weeks, set "
             "folder: in campaign.yaml to a place that lasts"
         )
+    if not (directory / "ledger.jsonl").exists():
+        check(config, root)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "inbox").mkdir(exist_ok=True)
     _hide(repository, directory)

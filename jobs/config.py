@@ -197,7 +197,10 @@ def _words(error: Any, kind: Any = Config) -> str:
     if error["type"] == "unexpected_keyword_argument":
         allowed = _keys(places[:-1], kind)
         near = difflib.get_close_matches(str(places[-1]), allowed, n=1, cutoff=0.5)
+        below = [name for name in allowed if places[-1] in _keys([*places[:-1], name], kind)]
         hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
+        if below:  # the '#' of the line above was left
+            hint = f"it belongs under {' or '.join(below)}: is the '#' of that line still there?"
         return f"{path}: there is no such setting; {hint}"
     if error["type"] == "missing":
         return f"{path}: is missing"
@@ -267,14 +270,18 @@ def _agents(config: Config) -> Iterator[tuple[str, Agent]]:
 # -- the commented file ---------------------------------------------------------------------------
 
 _HEAD = """\
-# Settings of this campaign. Every line below shows a default: remove its '#' to change it.
+# Settings of this campaign. Every line below shows a default: remove its '#', and that of the
+# section it stands in, to change it.
 # Times are seconds unless a name says otherwise. `autoresearch run --dry-run` checks the file.
 """
 
 
 def template() -> str:
     """A campaign.yaml in which every setting is there, commented out, with its default."""
-    return _HEAD + "\n".join(_lines(Config(), 0)) + "\n"
+    site = (
+        "#site: null".ljust(36) + "  # executor settings that campaigns share: a YAML file's path"
+    )
+    return _HEAD + "\n".join([site, *_lines(Config(), 0)]) + "\n"
 
 
 def _lines(section: Any, depth: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +67,9 @@ def run(
         say(line)
     say(f"took {report.duration(time.monotonic() - begun)}")
     say(f"table:  {files['results.tsv']}")
-    say(f"report: {files['report.html']}")
-    say(f"more:   cd {folder} && autoresearch log")
+    say(f"report: {files['index.html']}")
+    here = Path(sys.executable).with_name("autoresearch")  # maybe on nobody's PATH
+    say(f"more:   cd {folder} && {here} log")
     return 0
 
 

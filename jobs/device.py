@@ -36,7 +36,7 @@ def findings(executor: Executor, image: str | None) -> list[Finding]:
     program = (lab.TRAINER / "train.py").read_text()
     said, failed = output([*argv, probe], program, PROBE_S)
     if failed:
-        remedy = "pip install 'autoresearch-hpc[trainer]' for executor.python, or executor.image"
+        remedy = "pip install -e 'CHECKOUT[trainer]' for executor.python, or executor.image"
         return [Finding("torch", "failure", f"train.py does not start: {said[-400:]}", remedy)]
     told = json.loads(said.splitlines()[-1])
     wanted = executor.kind != "local" and executor.gpu_syntax != "none"

@@ -1,7 +1,8 @@
 """`autoresearch doctor`: whether a campaign can start, each check with what was seen and a remedy.
 
 `examine` looks from here, in seconds, and may send jobs that look from a node (this module, run
-there as a program) and bring back what they found. Nothing is changed.
+there as a program) and bring back what they found. Of the campaign nothing is changed; train.py,
+which is asked for its attention, prepares the default corpus in the user's cache.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def examine(
     local, path = executor.kind == "local", None
     found = [_git(settings, root), *_storage(settings, root)]
     found += [Finding.attempt("data", lambda: _data(settings), WORDS)]
-    found += [researcher(agent) for agent in _agents(settings)]
+    found += [researcher(agent, root) for agent in _agents(settings)]
     if executor.image:
         found.append(Finding.attempt("image", lambda: _image(settings), WORDS))
         path = found[-1].seen if found[-1].status == "ok" else None
@@ -97,7 +98,9 @@ def text(findings: Sequence[Finding]) -> str:
         f"{f.status:8}{f.check}: {f.seen}" + (f"\n        -> {f.remedy}" if f.remedy else "")
         for f in findings
     ]
-    return "\n".join([*lines, f"{'a' if can_start(findings) else 'no'} campaign can start"])
+    failures = sum(finding.status == "failure" for finding in findings)
+    end = f"{failures} failures: this campaign cannot start" if failures else "a campaign can start"
+    return "\n".join([*lines, end])
 
 
 def can_start(findings: Sequence[Finding]) -> bool:
@@ -133,12 +136,12 @@ def _tolerated(findings: Sequence[Finding], remedy: str) -> list[Finding]:
 
 def _git(settings: Config, root: Path) -> Finding:
     try:
-        repository = Repository(root)
-        start = repository.start("HEAD")
-        for path in settings.task.editable:
-            repository.read(start, path)
+        problems, repository = campaign.check(settings, root), Repository(root)
     except AutoresearchError as error:
         return Finding("git", "failure", str(error), WORDS)
+    if problems:
+        return Finding("git", "failure", "; ".join(problems), WORDS)
+    start = repository.start("HEAD")
     seen = f"{start[:10]}; experiments are committed as {repository.identity}"
     remedy = 'git config --global user.name "YOU"; git config --global user.email YOU@HOST'
     return Finding.of("git", seen, warning=(IDENTITY[1] in seen, remedy))
@@ -238,8 +241,16 @@ def clock(ahead_s: float, whose: str) -> Finding:
 # -- the researcher -------------------------------------------------------------------------------
 
 
-def researcher(agent: Agent) -> Finding:
+def researcher(agent: Agent, root: Path = Path()) -> Finding:
     """Whether it can be asked: a program by its name, the API by a request that costs nothing."""
+    if agent.kind == "scripted":
+        from agent.scripted import Scripted
+
+        script = str(root / (agent.script or ""))
+        made = dataclasses.replace(agent, script=script)
+        return Finding.attempt(
+            "researcher", lambda: f"{len(Scripted(made))} edits of {script}", WORDS
+        )
     if agent.kind == "command":
         program = agent.argv[0] if agent.argv else str(agent.preset)
         missing = shutil.which(program) is None

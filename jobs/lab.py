@@ -30,6 +30,11 @@ def make(folder: Path, train_py: str | None = None) -> Path:
     """
     from jobs import config
 
+    if not (PROJECT / "program.md").exists():
+        raise UserError(
+            f"making a lab in {folder}: {PROJECT} has no program.md, so this was installed without "
+            "it; install a checkout as it stands: pip install -e CHECKOUT"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"making a lab in {folder}: it is not empty; name a new folder")
     (folder / "trainer").mkdir(parents=True)

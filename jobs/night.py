@@ -24,8 +24,7 @@ def run(
     show: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Run or resume the campaign. Returns why it ended. Raises as `Controller.run`."""
-    if config.task.kind != "general" and config.data == Data():  # seconds, nothing to fetch
-        lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
+    cast = _ready(config, root)
     wish = materialise.first_wish(config)
     submission.require(config.executor, campaign.folder(config, root), *wish)
     with campaign.opened(config, root, say) as opened:
@@ -34,12 +33,44 @@ def run(
         say(f"campaign {config.campaign}{scale}: {opened.site.campaign_dir}")
         if state.records:
             say(f"resumed at {len(state.records)} experiments")
-        cast = Cast(config, root)
         for branch in state.branches.values():
-            cast(branch)  # what no researcher can be made from is told before a run starts
+            cast(branch)  # those that were added while it ran
+        for line in _announced(config):
+            say(line)
         executor = submission.executor(config.executor, opened.site.campaign_dir)
         controller = Controller(opened, executor, cast, cast.understudy, say, show)
         return controller.run()
+
+
+def _ready(config: Config, root: Path) -> Cast:
+    """The researchers, and the default corpus prepared: seconds, nothing to fetch."""
+    cast = Cast(config, root)
+    for name, branch in config.branches.items():
+        cast.of(name, branch.agent)  # raises UserError: there is nothing to make it from
+    if config.task.kind != "general" and config.data == Data():
+        lab.prepare(config.data.corpus, config.data.scale, campaign.data_folder(config))
+    return cast
+
+
+def _announced(config: Config) -> list[str]:
+    """Who proposes at whose cost, and when it ends: what a night should not begin without."""
+    limits = config.limits
+    ends = [
+        f"{limits.hours:g} hours" if limits.hours else "",
+        f"until {limits.until}" if limits.until else "",
+        f"{limits.experiments} experiments" if limits.experiments else "",
+        f"a score of {limits.target:g}" if limits.target is not None else "",
+    ]
+    said = [f"limits: {', '.join(filter(None, ends)) or 'none, it goes on until it is stopped'}"]
+    for name, branch in config.branches.items():
+        agent = branch.agent
+        paid = agent.kind in ("anthropic", "command")
+        who = f"{agent.kind} {agent.model}" if agent.kind == "anthropic" else agent.kind
+        caps = [config.agent.caps.dollars, agent.caps.dollars] if paid else [0.0]
+        most = min((cap for cap in caps if cap is not None), default=None)
+        cost = f", at most {most:g} dollars" if most is not None else ", no cap (agent.caps)"
+        said.append(f"{name}: proposals by {who}{cost if paid else ''}")
+    return said
 
 
 class Cast:
@@ -80,13 +111,9 @@ def dry_run(config: Config, root: Path) -> str:
     """What the first run would be: its task, and the exact job where there is one."""
     from jobs.repository import Repository
 
-    repository = Repository(root)
-    start = repository.start("HEAD")
-    for path in config.task.editable:
-        repository.read(start, path)
-    site, cast = campaign.site(config, root), Cast(config, root)
-    for name, branch in config.branches.items():
-        cast.of(name, branch.agent)
+    problems = campaign.check(config, root)
+    _ready(config, root)
+    site, start = campaign.site(config, root), Repository(root).start("HEAD")
     experiment = Experiment(
         "e0001", next(iter(config.branches)), start, start, None, "baseline", "none", ""
     )
@@ -95,10 +122,12 @@ def dry_run(config: Config, root: Path) -> str:
     task = materialise.task(site, State(), experiment, run, folder)
     lines = [
         f"campaign {config.campaign} would begin at {start[:10]} in {site.campaign_dir}",
-        f"branches: {', '.join(config.branches)}; researcher: {config.agent.kind}",
+        *problems,
+        *_announced(config),
         f"budget: {run.budget.amount:g} {run.budget.kind}, at most {task.wall_limit_s:.0f} s a run",
         f"checked at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: settings, repository, data"
-        + (", image" if config.executor.image else ""),
+        + (", image" if config.executor.image else "")
+        + "; `autoresearch doctor` asks Slurm and the API, too",
         f"its first run: {json.dumps(task.to_json(), indent=1)}",
         submission.preview(
             config.executor, f"{config.campaign}-{run.id}", folder, task.wall_limit_s

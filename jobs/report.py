@@ -343,7 +343,7 @@ def write_all(folder: Path, state: State, repository: Repository) -> dict[str, P
         "results.tsv": folder / "results.tsv",
         "results.parquet": folder / "results.parquet",
         "progress.png": index.with_name("progress.png"),
-        "report.html": index,
+        "index.html": index,
     }
 
 

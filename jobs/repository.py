@@ -103,8 +103,12 @@ class Repository:
         """Turns what the disk refuses inside into Paused, in words."""
         return _writing(Path(self._repo.common_dir) / "objects")
 
-    def remarks(self) -> list[str]:
-        """What a person should know about this repository before a campaign, a sentence each."""
+    def remarks(self, apart: Iterable[str] = ()) -> list[str]:
+        """What a person should know about this repository before a campaign, a sentence each.
+
+        Args:
+            apart: paths whose uncommitted changes are seen all the same.
+        """
         said = []
         if (Path(self._repo.common_dir) / "shallow").exists():
             said.append(
@@ -116,7 +120,9 @@ class Repository:
         if self._repo.head.is_detached:
             said.append("detached HEAD: experiments start from the commit it is at")
         # status would refresh the user's index file on the way
-        status = self.git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        others = [".", *(f":(exclude){path}" for path in apart)]
+        asked = ("status", "--porcelain", "--untracked-files=no", "--", *others)
+        status = self.git("--no-optional-locks", *asked)
         if status:
             said.append(
                 f"{len(status.splitlines())} uncommitted changes: experiments start from the last "

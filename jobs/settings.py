@@ -27,9 +27,15 @@ def _time_of_day(value: Any) -> Any:
     """'07:30'; YAML 1.1 reads an unquoted 22:30 as the number 1350 (base 60)."""
     if isinstance(value, int) and 60 <= value < 1440:  # below, it was no time: 'until: 7'
         value = f"{value // 60:02d}:{value % 60:02d}"
-    if isinstance(value, str) and not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value):
+    if not (isinstance(value, str) and re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value)):
         raise ValueError("a time of day is '07:30'")
     return value
+
+
+def _corpus(text: str) -> str:
+    if not re.fullmatch(r"stdlib|climbmix|tinystories|dir:.+", text):
+        raise ValueError("a corpus is stdlib, climbmix, tinystories or dir:PATH")
+    return text
 
 
 def _relative(text: str) -> str:
@@ -92,7 +98,9 @@ class Task:
 class Data:
     """What is trained on (nanochat)."""
 
-    corpus: str = _says("stdlib", "as given to autoresearch prepare")
+    corpus: Annotated[str, AfterValidator(_corpus)] = _says(
+        "stdlib", "stdlib, climbmix, tinystories or dir:PATH"
+    )
     scale: Literal["cpu", "small", "h100"] = _says("cpu", "cpu, small or h100")
     folder: str | None = _says(None, "where prepared data lies; null: the user's cache folder")
 

@@ -298,11 +298,39 @@ def test_dry_run_checks_everything_and_leaves_nothing(inside: Lab, autoresearch:
     status, out, _ = autoresearch("run", "--dry-run")
     assert status == 0
     assert f"campaign {inside.name} would begin at {inside.git('rev-parse', 'main')[:10]}" in out
-    assert "researcher: scripted" in out
+    assert "main: proposals by scripted" in out
     assert '"command": [\n   "python",\n   "score.py"\n  ]' in out
     assert "-P -m jobs.payload" in out
     assert inside.refs() == before
     assert not (inside.root / "campaigns").exists()
+
+
+@pytest.mark.parametrize(
+    ("branch", "told"),
+    [({"start": "deadbeef"}, "deadbeef"), ({"program": "gone.md"}, "gone.md")],
+)
+def test_what_cannot_begin_is_told_by_dry_run_doctor_and_run_and_leaves_nothing(
+    inside: Lab, autoresearch: Run, branch: dict[str, str], told: str
+) -> None:
+    inside.configure(branches={"main": branch})
+    for command in (["run", "--dry-run"], ["run"]):
+        status, _, err = autoresearch(*command)
+        assert status == 2
+        assert "branch main cannot begin: " in err
+        assert told in err
+    status, out, _ = autoresearch("doctor")
+    assert status == 1
+    assert told in out
+    assert not (inside.root / "campaigns").exists()
+
+
+def test_a_branch_that_cannot_begin_beside_others_is_named_by_dry_run(
+    inside: Lab, autoresearch: Run
+) -> None:
+    inside.configure(branches={"main": {}, "side": {"start": "deadbeef"}})
+    status, out, _ = autoresearch("run", "--dry-run")
+    assert status == 0
+    assert "branch side cannot begin: no commit 'deadbeef'" in out
 
 
 def test_a_campaign_named_on_the_command_line_runs_from_elsewhere(

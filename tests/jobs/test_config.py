@@ -130,6 +130,16 @@ def test_a_site_file_that_is_not_there_is_told_as_that(tmp_path: Path) -> None:
             "confirm.zzz: there is no such setting; allowed here: runs",
         ),
         (
+            {"target": 1.5},
+            "target: there is no such setting; it belongs under limits: is the '#' of that line "
+            "still there?",
+        ),
+        (
+            {"data": {"corpus": "climbmx"}},
+            "data.corpus: 'climbmx' is not allowed: a corpus is stdlib, climbmix, tinystories or "
+            "dir:PATH",
+        ),
+        (
             {"executor": {"kind": "slrm"}},
             "executor.kind: 'slrm' is not allowed: should be 'local', 'slurm' or 'allocation'",
         ),
@@ -174,10 +184,10 @@ def test_a_site_file_that_is_not_there_is_told_as_that(tmp_path: Path) -> None:
             {"limits": {"hours": 1e8}},
             "limits.hours: 100000000.0 is not allowed: should be less than or equal to 87600",
         ),
-        ({"limits": {"until": 7}}, "limits.until: 7 is not allowed: should be a valid string"),
+        ({"limits": {"until": 7}}, "limits.until: 7 is not allowed: a time of day is '07:30'"),
         (
             {"limits": {"until": True}},
-            "limits.until: True is not allowed: should be a valid string",
+            "limits.until: True is not allowed: a time of day is '07:30'",
         ),
         (
             {"budget": {"wall": 300, "tokens": 5}},

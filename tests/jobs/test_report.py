@@ -262,7 +262,7 @@ def test_the_branch_reads_as_a_lab_notebook_in_git_log(tmp_path: Path) -> None:
     repository.point(names.branch_ref("night", "main"), night.state.branch("main").head_commit)
     files = report.write_all(tmp_path / "campaigns", night.state, repository)
     assert all(path.stat().st_size > 0 for path in files.values())
-    assert "+x = 1" in html.unescape(files["report.html"].read_text())
+    assert "+x = 1" in html.unescape(files["index.html"].read_text())
     assert report.mirror_notes(repository, night.state) == 4
     assert report.mirror_notes(repository, night.state) == 0
     log = ["git", "-C", str(tmp_path), "log", "--notes=autoresearch", "autoresearch/night/main"]
