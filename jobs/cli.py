@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import keys
-from jobs.errors import AutoresearchError, LeaseHeld, UserError
+from jobs.errors import AutoresearchError, LeaseHeld, UserError, refused
 from jobs.options import parser
 from jobs.screen import Screen
 
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        print(f"autoresearch {arguments.command}: {error}", file=sys.stderr)
+        told = refused(error.filename or "a file", "used", error)
+        print(f"autoresearch {arguments.command}: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(

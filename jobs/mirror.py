@@ -259,5 +259,7 @@ def _transfer(repository: Repository, remote: str, command: list[str], specs: li
     if status != 0:
         ahead = "non-fast-forward" in said or "fetch first" in said
         hint = f". The other side has more: autoresearch fetch {remote} first" if ahead else ""
+        if "not appear to be a git repository" in said or "not found" in said:
+            hint = ". Name a remote (git remote -v; git remote add NAME URL), or give a URL"
         failed = f"git {command[0]} {remote} failed: {said}{hint}"
         raise AutoresearchError(re.sub(r"//[^/@\s]+@", "//", failed))  # passwords in URLs

@@ -64,13 +64,17 @@ def _announced(config: Config) -> list[str]:
     said = [f"limits: {', '.join(filter(None, ends)) or 'none, it goes on until it is stopped'}"]
     for name, branch in config.branches.items():
         agent = branch.agent
-        paid = agent.kind in ("anthropic", "command")
         who = f"{agent.kind} {agent.model}" if agent.kind == "anthropic" else agent.kind
-        caps = [config.agent.caps.dollars, agent.caps.dollars] if paid else [0.0]
-        most = min((cap for cap in caps if cap is not None), default=None)
-        cost = f", at most {most:g} dollars" if most is not None else ", no cap (agent.caps)"
-        said.append(f"{name}: proposals by {who}{cost if paid else ''}")
+        paid = agent.kind in ("anthropic", "command")
+        said.append(f"{name}: proposals by {who}{_capped(config, agent) if paid else ''}")
     return said
+
+
+def _capped(config: Config, agent: Agent) -> str:
+    caps = {config.agent.caps: "in all", agent.caps: "here"}  # alike: for all branches together
+    most = [f"{c.dollars:g} dollars {where}" for c, where in caps.items() if c.dollars is not None]
+    most += [f"{c.tokens} tokens {where}" for c, where in caps.items() if c.tokens is not None]
+    return f", at most {', '.join(most)}" if most else ", no cap on what they cost (agent.caps)"
 
 
 class Cast:
