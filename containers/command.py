@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # Where the wrapper's roles stand inside (trainer/referee/sandbox.py says the same): fixed, so that
 # no path of the host enters a compile cache. True: writable.
-PROGRAM_ROLES = {"program": False, "shared": True, "scratch": True, "files": False, "output": False}
+PROGRAM_ROLES = dict.fromkeys(("program", "shared", "files", "output"), False) | {"scratch": True}
 REFEREE_ROLES = {"data": False, "shared": True, "private": True}
 SEALED = "/opt/autoresearch/trainer"
 PYTHON = "/opt/autoresearch/venv/bin/python"
@@ -15,7 +15,8 @@ PYTHON = "/opt/autoresearch/venv/bin/python"
 # The last word on PATH is the image's: the wrapper's is its host's.
 PATH = "/opt/autoresearch/venv/bin:/usr/local/cuda/bin:/usr/local/bin:/usr/bin:/bin"
 
-# ".started" tells the program's own exit status 255 from apptainer's. A scorer works in its files.
+# The wrapper tells apptainer's failures from the program's by ".started" in its folder. A scorer
+# works in its files.
 START = (
     "cd /autoresearch/files 2>/dev/null || cd /autoresearch/program; "
     ': > /autoresearch/scratch/.started && exec "$@"'
@@ -57,8 +58,10 @@ def program_template(
         Mount("{scratch}/tmp", place, writable=True)
         for place in ("/tmp", "/var/tmp", "/dev/shm")
     ]
+    # All that it may write of the shared folder; the referee watches its size.
+    ring = Mount("{shared}/ring", "/autoresearch/shared/ring", writable=True)
     start = ["/usr/bin/env", "{env}", f"PATH={PATH}", "/bin/sh", "-c", START, "sh"]
-    mounts = [*_roles(PROGRAM_ROLES), *temporary, *(Mount(path, path) for path in binds)]
+    mounts = [*_roles(PROGRAM_ROLES), ring, *temporary, *(Mount(path, path) for path in binds)]
     return _template(image, mounts, gpu, network, start)
 
 

@@ -30,7 +30,8 @@ def test_the_program_sees_its_own_three_folders_and_no_data():
     assert tuple(argv[: len(ISOLATED)]) == ISOLATED
     assert seen(argv) == {
         "/autoresearch/program": "/h/p ro",
-        "/autoresearch/shared": "/h/s rw",
+        "/autoresearch/shared": "/h/s ro",
+        "/autoresearch/shared/ring": "/h/s/ring rw",
         "/autoresearch/scratch": "/h/w rw",
         **dict.fromkeys(("/tmp", "/var/tmp", "/dev/shm"), "/h/w/tmp rw"),
     }

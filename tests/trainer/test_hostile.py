@@ -104,6 +104,18 @@ def test_sleeping_past_the_close_is_a_crash_that_says_so(folder):
     assert result["value"] is None
 
 
+@pytest.mark.parametrize(("amount", "places"), [(8192, 1), (16384, 2)])
+def test_no_rows_lie_ready_that_a_budget_of_tokens_does_not_pay_for(folder, amount, places):
+    program = """
+        import os, time
+        session.next(128, 64)  # more than the free warm-up
+        time.sleep(0.3)  # for what the referee writes ahead
+        print('ring', os.stat(os.environ['AUTORESEARCH_REFEREE'] + '/ring').st_size)
+    """
+    result = run(folder, program, budget={"kind": "tokens", "amount": amount})
+    assert f"ring {places * 2**15}\n" in result["log"]
+
+
 def test_rows_of_any_length_fill_no_folder_but_its_own(folder):
     program = "for length in (64, 31, 17, 9, 64): session.next(1, length)\nevaluate()"
     assert run(folder, program)["status"] == "ok"

@@ -176,6 +176,40 @@ def test_each_run_gets_a_copy_of_the_cache_and_leaves_its_own(folder):
     assert not (folder / "run" / "scratch").exists()
 
 
+def forged(folder: Path) -> None:
+    """A score.json that nobody measured, and what keeps a referee from writing its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "score.json").write_text('{"state": "scored", "reason": "forged", "val_bpb": 0.1}')
+    (folder / ".score.json" / "in the way").mkdir(parents=True)
+
+
+def test_a_cache_brings_no_score_through_a_link_that_a_program_puts_in_its_way(folder):
+    forged(folder / "cache" / "triton")
+    (folder / "cache" / "inductor").mkdir()
+    for n in range(3000):  # as long as these are copied, a link can still be made
+        (folder / "cache" / "inductor" / str(n)).touch()
+    program = """
+        import os
+        cache = os.environ['TRITON_CACHE_DIR']
+        try:
+            os.symlink('../..', cache)
+        except OSError as error:
+            print('refused:', error)
+    """
+    result = run(folder, program, prelude="", cache=str(folder / "cache"))
+    assert result["status"] == "crash"
+    assert result["value"] is None
+    assert "refused:" in result["log"]
+
+
+def test_a_score_that_lay_in_the_run_folder_before_is_nobodys(folder):
+    forged(folder / "there")
+    fill = ["sh", "-c", 'cp -r "$0"/. "$1" && shift && exec "$@"', folder / "there", folder / "run"]
+    result = start(folder, "train()", through=[str(word) for word in fill]).result()
+    assert result["status"] == "crash"
+    assert "without asking to be scored" in result["reason"]
+
+
 @pytest.mark.parametrize(("length", "kept"), [(100, True), (2**20, False)])
 def test_a_sample_of_the_models_text_is_kept_unless_it_is_a_book(folder, length, kept):
     scratch = "pathlib.Path(os.environ['AUTORESEARCH_SCRATCH'])"
@@ -381,8 +415,8 @@ def container(folder) -> str:
 @pytest.mark.parametrize("image", ["fine", "broken", "refused"])
 def test_a_container_that_fails_is_told_from_a_program_that_does(folder, container, image):
     """The template's part only: real containers are tested where there are some."""
-    # Places inside are the host's here: nothing mounts them.
-    python = f"import os; os.environ['AUTORESEARCH_REFEREE'] = {str(folder)!r} + '/none'; exit(255)"
+    # Places inside are the host's here: nothing mounts them. A program may hide that it began.
+    python = f"import os; os.unlink({str(folder / 'run/scratch/.started')!r}); exit(255)"
     result = run(
         folder,
         "",

@@ -67,13 +67,17 @@ class Clock:
             return True
         if self.started is None:
             self.started = now
-        if self.terms.kind == "tokens" and self.trained + tokens > self.terms.amount:
+        if not self.has_room_for(tokens):
             self.closed, self.closed_by = now, "tokens"
             return False
         self.served += tokens
         self.trained += tokens
         self._last = tokens
         return True
+
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether a budget of tokens allows so many more. (That of wall time always does.)"""
+        return self.terms.kind == "wall" or self.trained + tokens <= self.terms.amount
 
     def progress(self, now: float) -> float:
         """Share of the budget used, in [0, 1], the batch just handed out included.
@@ -85,8 +89,7 @@ class Clock:
             return 1.0
         if self.terms.kind == "wall":
             return min(1.0, self.elapsed(now) / self.terms.amount)
-        full = self.trained + self._last > self.terms.amount
-        return 1.0 if full else self.trained / self.terms.amount
+        return 1.0 if not self.has_room_for(self._last) else self.trained / self.terms.amount
 
     def pace(self) -> float:
         """Progress per second from now on: 0 in the warm-up, after the close, and by tokens."""

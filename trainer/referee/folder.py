@@ -50,7 +50,10 @@ def sweep(where: Path | None = None, prefix: str = PREFIX) -> list[str]:
         if not match or not entry.is_dir(follow_symlinks=False):
             continue
         pid, ticks = int(match[1]), int(match[2])
-        if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+        try:
+            if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+                continue
+        except FileNotFoundError:  # its own run has just removed it
             continue
         if (start_ticks(pid) or 0) != ticks if os.path.isdir("/proc/self") else not _alive(pid):
             shutil.rmtree(entry.path, ignore_errors=True)

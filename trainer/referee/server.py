@@ -238,7 +238,8 @@ class Referee:
         if self.clock.hand_out(now, tokens):
             offset, epoch = self._feed.fresh(count, length)
             self._account["batches"] += 1
-            self._after = lambda: self._feed.prepare(count, length)
+            if self.clock.has_room_for(tokens):
+                self._after = lambda: self._feed.prepare(count, length)
         else:
             offset, epoch = self._feed.repeat(count, length)
         return {
@@ -412,7 +413,7 @@ def accept(folder: Path, limit_s: float) -> socket.socket:
         listener.listen(1)
         listener.settimeout(limit_s)
         connection, _ = listener.accept()
-    path.unlink()
+    path.unlink(missing_ok=True)  # without walls the program may have done it
     return connection
 
 

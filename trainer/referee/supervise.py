@@ -166,7 +166,6 @@ def supervise(
     ring: str | None,
     wall_limit_s: float,
     stop: Callable[[], str | None],
-    on_start: Callable[[], None] = lambda: None,
     output: Path | None = None,
 ) -> Ending:
     """Run a plan of sandbox.plan to its end.
@@ -174,7 +173,6 @@ def supervise(
     Args:
         log: where its output goes; standard error alone when `output` is given.
         stop: asked at every poll; words end the command.
-        on_start: called once the command runs (work that may overlap with its start-up).
         output: where standard output goes when it is wanted by itself.
     """
     begun = time.monotonic()
@@ -188,7 +186,6 @@ def supervise(
     try:
         _await_start(command, begun, facts)
         if "exec_seconds" in facts:
-            on_start()
             facts |= _follow(command, watch, logs, limits, begun + wall_limit_s, stop)
     finally:
         command.end(watch.seen, patience_s=2.0 if facts.keys() & {"code", "signal"} else 0.0)

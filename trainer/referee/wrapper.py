@@ -55,6 +55,7 @@ class Run:
         self.referee: subprocess.Popen | None = None
         self._referee_died: str | None = None
         self._scored_at: float | None = None
+        self._untouched = 0  # when the scratch folder had last changed before the command
 
     # --- nanochat ---------------------------------------------------------------------------------
 
@@ -63,15 +64,13 @@ class Run:
         task = self.task
         self.shared = folder.make()
         roles = {"shared": str(self.shared), "scratch": str(self.scratch), "program": task.program}
+        for name in ("score.json", ".score.json"):  # whoever left them, they are not this run's
+            remove(self.dir / name)
         begun = time.monotonic()
-
-        def once_started() -> None:
-            # The program imports for a second: time to copy its caches before there is a referee
-            # that would hand it data.
-            copy_cache(task.cache, self.scratch / "cache")
-            self._start_referee(begun)
-
-        ending = self._command(roles, task.command, "program", once_started)
+        # Before there is a program: it could put links in the way of the copy.
+        copy_cache(task.cache, self.scratch / "cache")
+        self._start_referee(begun)
+        ending = self._command(roles, task.command, "program")
         account = self._end_referee()
         status, reason = outcome.of_training(
             ending,
@@ -200,23 +199,15 @@ class Run:
 
     # --- both -------------------------------------------------------------------------------------
 
-    def _command(
-        self,
-        roles: Mapping[str, str],
-        command: tuple[str, ...],
-        cwd: str,
-        on_start: Any = lambda: None,
-    ) -> Ending:
+    def _command(self, roles: Mapping[str, str], command: tuple[str, ...], cwd: str) -> Ending:
         """Run one command, its working directory at role `cwd`; without walls where that may be."""
-        ending = self._attempt(roles, command, cwd, on_start)
+        ending = self._attempt(roles, command, cwd)
         if ending.failed and self.task.isolation == "auto":
             self.isolation, self.isolation_reason = "none", ending.failed
-            ending = self._attempt(roles, command, cwd, on_start)
+            ending = self._attempt(roles, command, cwd)
         return ending
 
-    def _attempt(
-        self, roles: Mapping[str, str], command: tuple[str, ...], cwd: str, on_start: Any
-    ) -> Ending:
+    def _attempt(self, roles: Mapping[str, str], command: tuple[str, ...], cwd: str) -> Ending:
         task = self.task
         contained, walled = self.isolation == "apptainer", self.isolation == "namespaces"
         view = sandbox.View.of(roles, walled or contained)
@@ -233,6 +224,7 @@ class Run:
             hidden = [task.data] if task.data else []
             walls = sandbox.mounts(view, readable, task.limits.scratch_mb, [*hidden, str(self.dir)])
         scorer = cwd == "files"
+        self._untouched = changed(roles["scratch"])
         return supervise(
             sandbox.plan(
                 argv, "/" if contained else view.inside[cwd], walls, task.limits.scratch_mb
@@ -245,12 +237,12 @@ class Run:
             ring=f"{self.shared}/{protocol.RING_NAME}" if self.shared else None,
             wall_limit_s=task.scoring_limit_s if scorer else task.wall_limit_s,
             stop=self._stop,
-            on_start=on_start,
         )
 
     def _began(self, scratch: Path) -> bool:
-        """Whether the command itself ran: a container says so by a file."""
-        return self.isolation != "apptainer" or (scratch / ".started").exists()
+        """Whether the command itself ran: a container says so by a file in its scratch folder,
+        whose change no program can take back, as it could the file."""
+        return self.isolation != "apptainer" or changed(scratch) != self._untouched
 
     def walls(self) -> dict[str, Any]:
         """What stood between the program and its host, for the result."""
@@ -461,10 +453,15 @@ def make_scratch(path: Path) -> None:
     (path / "tmp").mkdir(parents=True)
 
 
+def changed(folder: str | os.PathLike[str]) -> int:
+    """When a folder last changed, by the kernel's own count (ns); a program cannot set it."""
+    return os.stat(folder).st_ctime_ns
+
+
 def copy_cache(source: str | None, target: Path) -> None:
     """The run's own copy of a compile cache; nothing where there is none yet."""
     if source and os.path.isdir(source):
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(source, target, symlinks=True)
 
 
 def take_file(source: Path, target: Path, most_bytes: int | None = None) -> None:
