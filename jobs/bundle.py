@@ -122,8 +122,8 @@ def _facts(
     for kind, name in KEPT:
         if content := records.get(_kept(one, kind)):
             (draft / name).write_bytes(content)
-    weights = clone.directory / "heads" / record.branch / disk.WEIGHTS
-    if state.branch(record.branch).best == record.id and weights.exists():
+    weights = clone.directory / "heads" / record.branch / record.id / disk.WEIGHTS
+    if weights.exists():
         shutil.copyfile(weights, draft / disk.WEIGHTS)
 
 

@@ -120,7 +120,10 @@ def check(config: Config, root: Path) -> list[str]:
         try:
             _require_program(repository, config, repository.start(branch.start or "HEAD"))
             (root / branch.program).read_text(encoding="utf-8")
-        except (UserError, OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            problems.append(f"branch {name}: its program {branch.program} cannot be read: {why}")
+        except UserError as error:
             problems.append(f"branch {name} cannot begin: {error}")
     if len(problems) == len(config.branches):
         raise UserError("; ".join(problems))
@@ -178,7 +181,8 @@ def _open(
     # First of all: from here on every reader ignores what a displaced writer still appends.
     previous = held.taken_from and str(held.taken_from)
     host, pid = held.process.host, held.process.pid
-    ledger.append("lease_taken", host=host, pid=pid, previous=previous)
+    job = os.environ.get("SLURM_JOB_ID")
+    ledger.append("lease_taken", host=host, pid=pid, previous=previous, job=job)
     state = _begin(snapshot.open_history(directory)[0], ledger, config, common, repository)
     return Open(export_scorer(common, repository, state), repository, ledger, held, state)
 

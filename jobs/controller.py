@@ -74,7 +74,7 @@ class Controller:
         self._tick_s = TICK_S if self.config.executor.kind == "local" else CLUSTER_TICK_S
         self._tables = Tables(self.folder)
         self._unmirrored = 0  # decisions since the records were last copied into git
-        self._deadline = _deadline(self.config)
+        self._deadline = _deadline(self.config, opened.state.night[1])
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -341,11 +341,13 @@ class Controller:
     def _tidy(self, name: str) -> None:
         """Keep or drop what an experiment's runs left on disk."""
         record = self.journal.state.record(name)
-        is_best = self.journal.state.branch(record.branch).best == name
-        keep = self.folder / "heads" / record.branch if is_best else None
+        branch, folder = self.journal.state.branch(record.branch), self.folder / "heads"
+        kept = (branch.head, branch.best)  # equal with fewer lines, a head need not be the best
+        keep = folder / branch.name / name if name in kept else None
         with effect("run.tidy"):
             for run in record.runs:
                 disk.tidy(self.folder / "runs" / name / f"s{run.seed}-a{run.attempt}", keep)
+            disk.keep_only(folder / branch.name, kept)
 
     def _after(self, name: str, rebase: bool) -> None:
         """A baseline that failed pauses its branch; a gain on an older base is tried on the new."""
@@ -412,9 +414,9 @@ class Controller:
 BY_ORDER = "by order"
 
 
-def _deadline(config: Config) -> datetime | None:
-    """The earlier of limits.hours and limits.until, counted from now."""
-    now = datetime.now(UTC)
+def _deadline(config: Config, night: str) -> datetime | None:
+    """The earlier of limits.hours and limits.until, counted from when the night began."""
+    now = datetime.fromisoformat(night)
     ends = []
     if config.limits.hours is not None:
         ends.append(now + timedelta(hours=config.limits.hours))

@@ -8,7 +8,7 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from jobs import payload
@@ -21,7 +21,8 @@ CACHE = "cache"  # the compile cache that a run filled
 
 
 def tidy(run_dir: Path, keep: Path | None) -> None:
-    """Drop a finished run's program, weights and compile cache; `keep`: promote them there first.
+    """Drop a finished run's program, weights and compile cache; `keep`: promote first, the weights
+    there and the cache beside it, where the branch's next runs find it.
 
     Only what a baseline or a keep compiled is ever promoted: a discarded experiment must not be
     able to poison the next one's cache. Safe to repeat after a kill at any point.
@@ -32,15 +33,23 @@ def tidy(run_dir: Path, keep: Path | None) -> None:
             if (run_dir / name).exists():
                 os.replace(run_dir / name, keep / name)
         if (run_dir / CACHE).is_dir():
-            shutil.rmtree(keep / f".{CACHE}.old", ignore_errors=True)
-            if (keep / CACHE).exists():
-                (keep / CACHE).rename(keep / f".{CACHE}.old")
-            (run_dir / CACHE).rename(keep / CACHE)
-            shutil.rmtree(keep / f".{CACHE}.old", ignore_errors=True)
+            cache, old = keep.with_name(CACHE), keep.with_name(f".{CACHE}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if cache.exists():
+                cache.rename(old)
+            (run_dir / CACHE).rename(cache)
+            shutil.rmtree(old, ignore_errors=True)
     for name in (CACHE, "program", "scratch"):
         _remove(run_dir / name)
     for name in (WEIGHTS, SAMPLE):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def keep_only(branch_dir: Path, experiments: Collection[str | None]) -> None:
+    """Drop the weights of a branch's other experiments than these."""
+    for path in branch_dir.glob("e[0-9]*"):
+        if path.name not in experiments:
+            _remove(path)
 
 
 def _remove(folder: Path) -> None:

@@ -109,11 +109,15 @@ def can_start(findings: Sequence[Finding]) -> bool:
 
 def by_hand(root: Path) -> str:
     """How a controller stays alive on a login node."""
-    run = f"cd {shlex.quote(str(root))} && {shlex.join(_python('jobs.cli'))} run >>night.log 2>&1"
-    inside = shlex.quote(run)
+    here, command = f"cd {shlex.quote(str(root))} &&", shlex.join(_python("jobs.cli"))
+    run = f"{command} run >>night.log 2>&1"
+    inside = shlex.quote(f"{here} {run}")
+    # What was stopped, is over or needs a person stays as it is.
+    killed = f'{command} status --json 2>/dev/null | grep -q \'"state": "interrupted"\''
+    again = shlex.quote(f"{here} {killed} && {run}")
     return (
         f"The controller can do without on a login node: tmux new -d {inside}; or nohup sh -c "
-        f"{inside} &; or, to have it restarted, a crontab line: */10 * * * * bash -lc {inside}"
+        f"{inside} &; or, to have it restarted, a crontab line: */10 * * * * bash -lc {again}"
     )
 
 

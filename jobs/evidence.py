@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from jobs.errors import AutoresearchError, UserError
 from jobs.history import State
 from jobs.repository import Repository
 
@@ -22,11 +23,17 @@ class Evidence:
 
     def files(self, experiment: str) -> Mapping[str, str]:
         commit = self._state.record(experiment).commit
-        return {path: self._repository.read(commit, path) for path in self._editable}
+        try:
+            return {path: self._repository.read(commit, path) for path in self._editable}
+        except UserError:  # git has it no more (somebody's gc): one that nobody can look at
+            return {}
 
     def diff(self, experiment: str) -> str:
         record = self._state.record(experiment)
-        return self._repository.diff(record.base, record.commit, self._editable)
+        try:
+            return self._repository.diff(record.base, record.commit, self._editable)
+        except AutoresearchError:
+            return ""
 
     def log(self, experiment: str, lines: int) -> str:
         return self._tail(experiment, "train.log", lines)

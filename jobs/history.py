@@ -65,6 +65,7 @@ class State:
     parked_in_row: int = 0
     paused: Mapping[str, Any] | None = None  # {"reason", "remedy"} while the campaign is paused
     stopped: str | None = None  # the reason, after a clean stop
+    night: tuple[str | None, str] = (None, "")  # the controller's Slurm job, and when it all began
     fence: int = 0  # highest seen
     events: int = 0  # of the ledger, up to here
     time: str = ""  # UTC of the last event
@@ -222,7 +223,7 @@ class _Fold:
         self.spent = dict(vars(state.spent))
         self.allocated_s, self.training_s = state.allocated_s, state.training_s
         self.parked_in_row = state.parked_in_row
-        self.paused, self.stopped = state.paused, state.stopped
+        self.paused, self.stopped, self.night = state.paused, state.stopped, state.night
         self.fence, self.events, self.time = state.fence, state.events, state.time
 
     def add(self, event: Event) -> None:
@@ -431,7 +432,12 @@ class _Fold:
         self.paused, self.stopped, self.parked_in_row = None, None, 0
 
     def on_lease_taken(self, event: Event) -> None:
-        self.stopped = None
+        """A night goes on through kills, and through requeues of the job that is its controller."""
+        job, (known, began) = event.get("job"), self.night
+        killed = self.stopped is None and self.paused is None
+        if not began or not (killed or (job and job == known)):
+            began = event["time"]
+        self.night, self.stopped = (job, began), None
 
     def on_order(self, event: Event) -> None:
         self.orders.add(event["name"])

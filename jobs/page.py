@@ -34,7 +34,11 @@ def write_report(folder: Path, state: State, diff: Callable[[Record], str]) -> P
     png = picture.progress(state)
     write_whole(folder / "report" / "progress.png", png)
     path = folder / "report" / "index.html"
-    samples = {name: _sample(folder / "heads" / name / disk.SAMPLE) for name in state.branches}
+    heads = folder / "heads"
+    samples = {
+        name: _sample(heads / name / (branch.best or "") / disk.SAMPLE)
+        for name, branch in state.branches.items()
+    }
     write_whole(path, page(state, table, png, diff, samples).encode("utf-8", "replace"))
     return path
 

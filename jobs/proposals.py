@@ -27,7 +27,6 @@ from jobs.repository import Repository
 NAP_S = 60.0  # before a researcher is asked again that names no readable time
 AFTER_REFUSAL_S = 1.0
 GRACE_S = 1.5  # for researchers to return at the end: those that wait or read do so at once
-RECENT = 1000  # experiments among which the parent of a proposal is looked for
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Asked:
 
     branch: str
     base: str
+    parent: str | None  # the experiment that `base` is
     future: Future[Proposal | Unavailable]
     program_sha256: str
     stands_in: bool  # the understudy was asked
@@ -147,11 +147,11 @@ class Proposals:
         settings = self._journal.state.branch(branch).settings
         start = settings["start_commit"] or self._repository.start(settings["start"])
         program = self.program(branch)
-        self.accept(None, Proposal(branch, start, {}, "baseline", "none"), _sha256(program))
+        self.accept(None, Proposal(branch, start, {}, "baseline", "none"), None, _sha256(program))
 
     def _request(self, branch: str, napping: bool) -> None:
         state, program = self._journal.state, self.program(branch)
-        base = state.branch(branch).head_commit
+        base, parent = state.branch(branch).head_commit, state.branch(branch).head
         assert base is not None  # plan.openings names branches with a head only
         researcher = (self._understudy if napping else self._researchers)(state.branch(branch))
         assert researcher is not None  # napping without an understudy is mute
@@ -167,7 +167,7 @@ class Proposals:
             reserve=to_json(reserve),
         )
         future = self._pool.submit(researcher.propose, self._journal.state, branch, context)
-        self._asked[proposal] = Asked(branch, base, future, _sha256(program), napping)
+        self._asked[proposal] = Asked(branch, base, parent, future, _sha256(program), napping)
 
     def _context(self, branch: str, base: str, program: str) -> Context:
         config, state = self._site.config, self._journal.state
@@ -203,7 +203,7 @@ class Proposals:
             del self._asked[request]
             answer = self._answer(request, asked)
             if isinstance(answer, Proposal):
-                self.accept(request, answer, asked.program_sha256)
+                self.accept(request, answer, asked.parent, asked.program_sha256)
             else:
                 self._unavailable(request, asked, answer)
 
@@ -248,15 +248,16 @@ class Proposals:
         self,
         request: str | None,
         proposal: Proposal,
+        parent: str | None,
         program_sha256: str,
         recorded: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
         """From a proposal to an experiment: objects, the record, the ref, in this order.
 
         Args:
+            parent: the experiment that it was made from; None: it is its branch's baseline.
             recorded: events that belong before it in the ledger, in one write with it.
         """
-        parent = self._experiment_at(proposal.branch, proposal.base)
         commit = self._commit(proposal, parent, program_sha256)
         before = self.files(proposal.base)
         counts = [edit.line_counts(before[p], text) for p, text in proposal.files.items()]
@@ -294,14 +295,6 @@ class Proposals:
         trailers = materialise.trailers(self._site, own)
         return self._repository.commit(proposal.base, proposal.files, message, trailers)
 
-    def _experiment_at(self, branch: str, commit: str) -> str | None:
-        """The experiment that is `commit`; None for a start commit, which is none."""
-        state = self._journal.state
-        head = state.branch(branch)
-        if head.head_commit == commit:
-            return head.head
-        return next((r.id for r in reversed(state.recent(RECENT)) if r.commit == commit), None)
-
     def carry_over(
         self,
         name: str,
@@ -323,10 +316,10 @@ class Proposals:
         """
         state = self._journal.state
         try:
-            source, head = state.record(name), state.branch(into).head_commit
+            source, target = state.record(name), state.branch(into)
         except KeyError as error:
             raise UserError(f"there is no {error} in this campaign") from None
-        if head is None:
+        if (head := target.head_commit) is None:
             raise UserError(f"branch {into} has no head yet")
         merged = self._merged(source.base, source.commit, head)
         if not merged:
@@ -345,7 +338,7 @@ class Proposals:
             tags=origin.tags,
             rebased_from=name,
         )
-        self.accept(None, proposal, origin.program_sha256, recorded)
+        self.accept(None, proposal, target.head, origin.program_sha256, recorded)
         return None
 
     def _merged(self, base: str, theirs: str, ours: str) -> Mapping[str, str] | None:

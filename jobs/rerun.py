@@ -73,7 +73,7 @@ def run_all(
     runs = Runs(site, journal, repository, executor, show)
     waiting = [(name, seed, frozenset[str]()) for name, seed in wanted]
     attempts: Counter[str] = Counter()
-    deaths = 0
+    deaths: Counter[tuple[str, int]] = Counter()
     found: dict[str, list[Result]] = {name: [] for name, _ in wanted}
     signals: list[int] = []  # obeyed between two steps: no run is started and not known
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -91,8 +91,10 @@ def run_all(
                 journal.record("run_ended", result=to_json(result))
                 disk.tidy(runs.folder(run), keep=None)
                 name, seed = run.run.experiment, run.run.seed
-                deaths += result.status == "infrastructure"
-                if result.status == "infrastructure" and deaths < settings.max_attempts:
+                died = result.status == "infrastructure"
+                # Preemption is nobody's fault, and does not count.
+                deaths[name, seed] += died and not result.details.get("preempted")
+                if died and deaths[name, seed] < settings.max_attempts:
                     waiting.append((name, seed, frozenset(filter(None, [result.node]))))
                 else:
                     found[name].append(result)

@@ -21,13 +21,13 @@ from jobs.ledger import Lines, Tail, read, sync_folder
 from jobs.model import Usage, from_json, to_json
 from jobs.records import Branch, Chunk, NodeRun, OpenRun, Request, Vector
 
-VERSION = 1
+VERSION = 2
 _PROOF_BYTES = 65536  # of the ledger's first and last bytes that a snapshot vouches for
 
 # Fields of a State that are JSON as they are (in_flight but for being a tuple).
 _PLAIN = (
     *("campaign", "start", "config", "in_flight", "allocated_s", "training_s", "parked_in_row"),
-    *("refused", "paused", "stopped", "fence", "events", "time"),
+    *("refused", "paused", "stopped", "fence", "events", "time", "night"),
 )
 
 
@@ -124,7 +124,7 @@ def _state(small: Mapping[str, Any], records: Vector) -> State:
     requests = [from_json(Request, item) for item in small["requests"]]
     plain = {name: small[name] for name in _PLAIN}
     return State(
-        **{**plain, "in_flight": tuple(small["in_flight"])},
+        **{**plain, "in_flight": tuple(small["in_flight"]), "night": tuple(small["night"])},
         records=records,
         branches={name: from_json(Branch, item) for name, item in small["branches"].items()},
         open_runs={item.run.id: item for item in runs},

@@ -225,8 +225,9 @@ class LocalExecutor:
 
 def _visible_gpus() -> list[str]:
     """CUDA devices of this machine, without importing torch."""
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible.split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # empty: none of them
+        return [device for device in visible.split(",") if device]
     try:
         listing = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],

@@ -248,6 +248,18 @@ def test_an_order_that_cannot_be_obeyed_is_refused_when_it_is_given(
     assert list((shared.folder / "inbox").iterdir()) == []
 
 
+def test_a_branch_that_starts_at_an_experiment_has_a_baseline_of_its_own(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "lab", change(X=1), limits={"experiments": 2})
+    lab.run()
+    start = f"autoresearch/{lab.name}/main"
+    lab.configure(branches={"main": {}, "side": {"start": start}}, limits={"experiments": 3})
+    lab.run()
+    first = lab.state.record("e0003")
+    assert (first.branch, first.parent, first.verdict) == ("side", None, "keep")
+    assert lab.state.branch("side").baseline_metric == lab.state.branch("main").best_metric == 9.0
+    check_books(lab)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab = Lab(

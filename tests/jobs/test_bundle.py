@@ -80,7 +80,7 @@ def test_other_data_is_refused(tiny: Lab, tmp_path: Path) -> None:
 
 
 def test_a_bundle_holds_program_frozen_files_and_records(tiny: Lab, tmp_path: Path) -> None:
-    weights = tiny.folder / "heads" / "main" / "model.safetensors"
+    weights = tiny.folder / "heads" / "main" / tiny.state.branch("main").best / "model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_text("weights")
     made = bundle(tiny, "main", tmp_path / "bundle")

@@ -20,7 +20,7 @@ import yaml
 from toylab import SOLUTION, Lab, change, check_books, ended, eventually
 
 from agent import scripted
-from jobs import known, proposals
+from jobs import known, proposals, submission
 from jobs.errors import Paused, UserError
 from jobs.model import Proposal, Unavailable, Usage
 
@@ -228,6 +228,20 @@ def test_campaigns_of_one_repository_do_not_disturb_each_other(make_lab: MakeLab
     for one in both:
         assert one.state.branch("main").best_metric == 0.0
         check_books(one)
+
+
+def test_a_machine_whose_gpus_are_hidden_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for visible, seen in ((None, ["0"]), ("", []), ("4,7", ["4", "7"])):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert submission._visible_gpus() == seen
 
 
 def test_each_run_has_a_gpu_of_its_own_also_after_a_restart(make_lab: MakeLab) -> None:
@@ -763,12 +777,35 @@ def test_a_program_md_that_is_gone_pauses_its_branch_alone(make_lab: MakeLab) ->
 
 
 def test_a_program_md_that_is_gone_pauses_a_campaign_of_one_branch(make_lab: MakeLab) -> None:
-    lab = make_lab(limits={"experiments": 1})
+    lab = make_lab(change(X=1), limits={"experiments": 1})
     (lab.root / "program.md").unlink()
+    with pytest.raises(UserError, match=r"branch main: its program program\.md cannot be read"):
+        lab.run()
+    assert not lab.folder.exists()
+    lab.write("program.md", "Lower it.\n")
+    lab.run()
+    (lab.root / "program.md").unlink()
+    lab.configure(limits={"experiments": 2})
     with pytest.raises(Paused, match=r"branch main cannot go on: .*program\.md cannot be read"):
         lab.run()
     lab.write("program.md", "Lower it.\n")
     lab.run()
+    check_books(lab)
+
+
+def test_a_head_that_is_equal_and_simpler_keeps_its_weights_beside_the_best_ones(
+    make_lab: MakeLab,
+) -> None:
+    lab = make_lab({"description": "no Z", "replace": [["Z = 0\n", ""]]}, change(X=1))
+    weights = "import os\nopen(os.environ['AUTORESEARCH_SCRATCH'] + '/model.safetensors', 'w')\n"
+    lab.write("solution.py", SOLUTION + "Z = 0\n" + weights)
+    lab.git("commit", "--quiet", "--all", "--message", "it leaves weights")
+    lab.configure(task={**lab.settings["task"], "command": ["python", "solution.py"]})
+    for experiments, kept in ((2, ["e0001", "e0002"]), (3, ["e0003"])):
+        lab.configure(limits={"experiments": experiments})
+        lab.run()
+        assert sorted(p.parent.name for p in lab.folder.rglob("model.safetensors")) == kept
+    assert list(lab.verdicts().values()) == ["keep", "keep", "keep"]
     check_books(lab)
 
 

@@ -88,6 +88,7 @@ def test_the_ways_to_keep_a_controller_on_a_login_node_are_lines_to_copy():
     for way in ("tmux new -d", "nohup sh -c", "*/10 * * * * bash -lc"):
         assert way in told
     assert "my lab" in told
+    assert "interrupted" in told.partition("crontab")[2]  # what was stopped stays so
 
 
 # -- the API --------------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ def test_tables_name_the_metric_and_its_direction(night: Lab) -> None:
 
 def test_only_the_best_ones_weights_stay_on_disk(night: Lab) -> None:
     kept = [p.relative_to(night.folder) for p in night.folder.rglob("model.safetensors")]
-    assert kept == [Path("heads/main/model.safetensors")]
+    best = night.state.branch("main").best
+    assert kept == [Path(f"heads/main/{best}/model.safetensors")]
     assert QUICK in (night.folder / kept[0]).read_text()
     leftovers = [p for p in night.folder.glob("runs/*/*/*") if p.is_dir()]
     assert leftovers == []

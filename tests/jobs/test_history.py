@@ -98,6 +98,28 @@ def test_money_in_flight_counts_until_its_proposal_comes() -> None:
     assert story.state.spent == Usage(300, 10, 0, 0, pytest.approx(0.3), True)
 
 
+@pytest.mark.parametrize(
+    ("before", "job", "goes_on"),
+    [
+        (None, None, True),  # it was killed
+        ("stopped", None, False),
+        ("paused", None, False),
+        ("stopped", "7", True),  # handed over, requeued as the same job
+        ("stopped", "8", False),
+    ],
+)
+def test_a_night_goes_on_through_kills_and_requeues_and_no_further(
+    before: str | None, job: str | None, goes_on: bool
+) -> None:
+    story = Story()
+    story.put("lease_taken", host="a", pid=1, job="7")
+    began = story.state.time
+    if before:
+        story.put(before, reason="as told")
+    story.put("lease_taken", host="a", pid=2, job=job)
+    assert story.state.night == (job, began if goes_on else story.state.time)
+
+
 def test_lines_of_a_displaced_writer_are_ignored() -> None:
     story = Story(fence=1)
     story.fence = 2
