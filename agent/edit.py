@@ -45,7 +45,10 @@ ATTRIBUTES = _words(
     "__globals__ __builtins__ __subclasses__ __bases__ __mro__ __code__ __loader__ __import__"
     " cpp_extension ctypeslib hub rpc f_back f_globals"
     " os _os sys subprocess socket ctypes multiprocessing"
+    " fromfile memmap from_file load_file load_library load_inline"
 )
+# A run begins from its seed. What an earlier one left in a compile cache is no head start.
+LOADERS = _words("torch.load np.load numpy.load")
 SEEDERS = _words("manual_seed manual_seed_all seed default_rng RandomState Random")
 
 
@@ -205,7 +208,8 @@ def _starts_nothing(edit: Edit) -> Iterator[str]:
             if what not in before:
                 yield (
                     f"{path} line {line} uses {what}: an experiment starts no processes, opens no "
-                    f"sockets and runs no hidden code. Say what you need in plain Python."
+                    f"sockets, loads no files and runs no hidden code. Say what you need in plain "
+                    f"Python."
                 )
 
 
@@ -224,14 +228,19 @@ def _tricks(node: ast.AST) -> Iterator[str]:
             if alias.asname and alias.name in NARROW:
                 yield f"{alias.name} by another name"
             dotted = f"{module}.{alias.name}".strip(".")
-            if ATTRIBUTES.intersection(dotted.split(".")[1:]):  # IMPORTS has the say on the first
+            inner = dotted.split(".")[1:]  # IMPORTS has the say on the first
+            if ATTRIBUTES.intersection(inner) or dotted in LOADERS:
                 yield dotted
     elif isinstance(node, ast.Attribute):
         base = node.value.id if isinstance(node.value, ast.Name) else ""
-        if node.attr in ATTRIBUTES or node.attr not in NARROW.get(base, {node.attr}):
-            yield f"{base}.{node.attr}"
+        name = f"{base}.{node.attr}"
+        narrow = node.attr not in NARROW.get(base, {node.attr})
+        if narrow or node.attr in ATTRIBUTES or name in LOADERS:
+            yield name
     elif isinstance(node, ast.Name) and node.id in NAMES:
         yield node.id
+    elif isinstance(node, ast.Constant) and "CACHE_DIR" in str(node.value):
+        yield "the compile cache"
     elif isinstance(node, ast.Call) and _called(node) in ("getattr", "setattr", "delattr"):
         first = node.args[0] if node.args else None
         if isinstance(first, ast.Name) and first.id in NARROW:
