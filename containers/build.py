@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -104,7 +102,6 @@ def build(store: Path, tag: str, recipe: Recipe, site: Site | None = None) -> Im
         options = command.build_options(arguments, str(context / "site"))
         apptainer.build(recipe.definition, draft, options, log)
         found = describe(draft, f"built from {recipe.definition.name}")
-        found = dataclasses.replace(found, arguments=dict(recipe.arguments))
         image = images.add(store, draft, found)
         log.replace(Path(image.path).with_suffix(".log"))
     images.tag(store, image.sha256, tag)
@@ -185,12 +182,5 @@ def _staged(recipe: Recipe, site: Site) -> Iterator[Path]:
             if source:
                 shutil.copyfile(source, context / "site" / target)
         for wheel in site.wheels.glob("*.whl") if site.wheels else ():
-            _link(wheel, context / "site" / "wheels" / wheel.name)
+            shutil.copyfile(wheel, context / "site" / "wheels" / wheel.name)
         yield context
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or another user's file
-        shutil.copyfile(source, target)

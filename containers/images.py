@@ -38,7 +38,6 @@ class Image:
     labels: Mapping[str, str]
     packages: tuple[str, ...]  # "name==version", "deb:name=version"
     origin: str  # "built from cpu.def", or the address it was pulled from
-    arguments: Mapping[str, str] = field(default_factory=dict)  # given to the build; unknown: {}
     made: Mapping[str, str] = field(default_factory=dict)  # time (UTC), host, apptainer
     registry: Mapping[str, str] = field(default_factory=dict)  # address -> manifest digest there
 
@@ -111,7 +110,7 @@ def find(store: Path, name: str) -> Image:
 def tag(store: Path, name: str, new: str) -> tuple[Image, str | None]:
     """Let tag `new` mean image `name`. Returns the image and the sha256 that the tag meant before.
 
-    A tag may move: commits record the sha256 too, and that decides. Where it pointed is kept.
+    A tag may move: commits record the sha256 too, and that decides.
 
     Raises:
         ImageError: no such image, or not a tag's name.
@@ -122,13 +121,9 @@ def tag(store: Path, name: str, new: str) -> tuple[Image, str | None]:
         )
     image = find(store, name)
     path = store / "tags" / f"{new}.json"
-    old = _read(path) if path.exists() else None
-    before = old["before"] if old else []
-    moved = old["sha256"] if old and old["sha256"] != image.sha256 else None
-    if moved and old:
-        before = [*before, {"sha256": moved, "time": old["time"]}]
-    write_json(path, {"sha256": image.sha256, "time": now(), "before": before})
-    return image, moved
+    old = _read(path)["sha256"] if path.exists() else image.sha256
+    write_json(path, {"sha256": image.sha256, "time": now()})
+    return image, old if old != image.sha256 else None
 
 
 def add(store: Path, file: Path, image: Image) -> Image:
@@ -142,7 +137,7 @@ def add(store: Path, file: Path, image: Image) -> Image:
         known = _read(record)
         image = dataclasses.replace(
             image,
-            **{name: known[name] for name in ("origin", "made", "arguments")},
+            **{name: known[name] for name in ("origin", "made")},
             registry={**known["registry"], **image.registry},
         )
     file.chmod(0o555)  # nothing writes to it again: one byte less or more is another image
