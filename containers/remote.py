@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from containers import apptainer, build, command, images
+from containers import apptainer, build, images
 from containers.apptainer import ImageError
 from containers.images import Image
 
@@ -56,7 +56,7 @@ def push(store: Path, name: str, uri: str) -> Image:
         raise ImageError(f"An image is pushed to an oras:// address (any OCI registry), not {uri}")
     image = images.find(store, name)
     images.check(image)
-    apptainer.run(command.push(image.path, uri), f"Pushing {image.path} to {uri}")
+    apptainer.run(["apptainer", "push", image.path, uri], f"Pushing {image.path} to {uri}")
     digest = _digest(uri, image.sha256)
     return images.note_registry(store, image, _bare(uri), digest) if digest else image
 
