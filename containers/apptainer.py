@@ -38,8 +38,7 @@ def build(definition: Path, target: Path, options: Sequence[str], log: Path) -> 
 def pull(uri: str, target: Path, log: Path) -> None:
     """Pull `uri` (oras, docker, library, https) to `target`, which must not exist.
 
-    Raises:
-        ImageError: no apptainer, or nothing came.
+    Raises ImageError: no apptainer, or nothing came.
     """
     client = _client()
     from spython.utils import ScopedEnvVar
@@ -53,8 +52,7 @@ def pull(uri: str, target: Path, log: Path) -> None:
 def inspect(image: Path) -> dict[str, Any]:
     """{'labels': {name: text}, 'definition': text} as the image itself tells.
 
-    Raises:
-        ImageError: not an image that apptainer can read.
+    Raises ImageError: not an image that apptainer can read.
     """
     found = _client(quiet=True).inspect(str(image))
     if "attributes" not in found:
@@ -69,8 +67,7 @@ def inspect(image: Path) -> dict[str, Any]:
 def run(argv: Sequence[str], what: str) -> str:
     """Standard output of a command line made by `command`.
 
-    Raises:
-        ImageError: it failed; the message says `what` was attempted and holds its last words.
+    Raises ImageError: it failed; the message says `what` was attempted and holds its last words.
     """
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False)

@@ -111,8 +111,7 @@ def build(store: Path, tag: str, recipe: Recipe, site: Site | None = None) -> Im
 def describe(file: Path, origin: str) -> Image:
     """Test an image (its imports, its labels against its contents) and say what it is.
 
-    Raises:
-        ImageError: it does not start, does not import what a run needs, or is not what it says.
+    Raises ImageError: it does not start, does not import what a run needs, or is not what it says.
     """
     told = apptainer.inspect(file)
     script = command.plain(str(file), (command.PYTHON, "/opt/autoresearch/inside.py", "report"))
@@ -148,8 +147,7 @@ def buildable(definition: str, labels: Mapping[str, str]) -> str:
 def verify(image: Image) -> None:
     """Bytes, labels against contents, and imports.
 
-    Raises:
-        ImageError: the first of these that does not hold.
+    Raises ImageError: the first of these that does not hold.
     """
     images.check(image)
     describe(Path(image.path), image.origin)

@@ -53,8 +53,7 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the verb that `add_parser` understood. Returns the exit status.
 
-    Raises:
-        ImageError: in words, what failed.
+    Raises ImageError: in words, what failed.
     """
     try:
         value, text = args.act(args)

@@ -28,8 +28,7 @@ _MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.im
 def pull(store: Path, uri: str, tag: str) -> Image:
     """Fetch an image of this project into the store: oras://host/name[:tag|@sha256:...], or a file.
 
-    Raises:
-        ImageError: not there, not whole, or not an image of this project.
+    Raises ImageError: not there, not whole, or not an image of this project.
     """
     with build.fresh(store) as (draft, log):
         local = Path(uri)
@@ -49,8 +48,7 @@ def pull(store: Path, uri: str, tag: str) -> Image:
 def push(store: Path, name: str, uri: str) -> Image:
     """Push an image to oras://host/name:tag and record the digest it has there.
 
-    Raises:
-        ImageError: no such image, its bytes have changed, or the registry refused.
+    Raises ImageError: no such image, its bytes have changed, or the registry refused.
     """
     if not uri.startswith("oras://"):
         raise ImageError(f"An image is pushed to an oras:// address (any OCI registry), not {uri}")
@@ -66,8 +64,7 @@ def registry_digest(uri: str) -> tuple[str, list[str]]:
 
     APPTAINER_NOHTTPS is followed, as apptainer does.
 
-    Raises:
-        ImageError: the registry did not answer so.
+    Raises ImageError: the registry did not answer so.
     """
     match = _ORAS.fullmatch(uri)
     if not match:

@@ -70,8 +70,7 @@ def require(program: str, setting: str) -> None:
 def ask(argv: Sequence[str], stdin: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
     """Standard output of a Slurm command.
 
-    Raises:
-        Unanswered: it failed or took too long; with its own words.
+    Raises Unanswered: it failed or took too long; with its own words.
     """
     try:
         done = subprocess.run(
