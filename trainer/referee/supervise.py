@@ -168,9 +168,10 @@ def supervise(
     stop: Callable[[], str | None],
     output: Path | None = None,
 ) -> Ending:
-    """Run a plan of sandbox.plan to its end.
+    """Run a command to its end.
 
     Args:
+        plan: what launcher.py is told, less what only this process knows.
         log: where its output goes; standard error alone when `output` is given.
         stop: asked at every poll; words end the command.
         output: where standard output goes when it is wanted by itself.
