@@ -203,8 +203,6 @@ def supervise(
         "program_seconds": round(time.monotonic() - begun, 6),
         "program_cpu_seconds": round(command.cpu_s, 4),
         "peak_memory_mb": round(max(watch.peak_mb, command.peak_mb), 1),
-        "peak_processes": watch.peak_processes,
-        "log_bytes": sum(one.size for one in logs.values()),
     }
     oom_killed = kills is not None and (oom_kills() or 0) > kills
     return Ending(**facts, usage=usage, tail="\n".join(tails), oom_killed=oom_killed)
