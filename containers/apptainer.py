@@ -93,9 +93,9 @@ def _client(quiet: bool = False) -> Any:
 
 def _expect(target: Path, what: str, log: Path) -> None:
     if not target.exists():
-        # spython prints every error twice.
-        lines = list(dict.fromkeys(log.read_text(errors="replace").splitlines()))
-        words = "\n".join(lines[-25:])
+        # spython prints every error twice: of equal lines the last one is told.
+        lines = log.read_text(errors="replace").splitlines()
+        words = "\n".join(reversed(list(dict.fromkeys(reversed(lines)))[:25]))
         raise ImageError(f"{what} failed. All of its output is in {log}; it ends with:\n{words}")
 
 
