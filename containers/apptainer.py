@@ -8,11 +8,10 @@ a fresh path, success is the file's existence, and the words are caught where sp
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +38,21 @@ def build(definition: Path, target: Path, options: Sequence[str], log: Path) -> 
 def pull(uri: str, target: Path, log: Path) -> None:
     """Pull `uri` (oras, docker, library, https) to `target`, which must not exist.
 
-    Raises:
-        ImageError: no apptainer, or nothing came.
+    Raises ImageError: no apptainer, or nothing came.
     """
+    client = _client()
+    from spython.utils import ScopedEnvVar
+
     # The cache would keep a second copy of the image in the home's quota.
-    with _recorded(log), _environment(APPTAINER_DISABLE_CACHE="true"):
-        _client().pull(uri, name=str(target))
+    with _recorded(log), ScopedEnvVar("APPTAINER_DISABLE_CACHE", "true"):
+        client.pull(uri, name=str(target))
     _expect(target, f"Pulling {uri}", log)
 
 
 def inspect(image: Path) -> dict[str, Any]:
     """{'labels': {name: text}, 'definition': text} as the image itself tells.
 
-    Raises:
-        ImageError: not an image that apptainer can read.
+    Raises ImageError: not an image that apptainer can read.
     """
     found = _client(quiet=True).inspect(str(image))
     if "attributes" not in found:
@@ -67,8 +67,7 @@ def inspect(image: Path) -> dict[str, Any]:
 def run(argv: Sequence[str], what: str) -> str:
     """Standard output of a command line made by `command`.
 
-    Raises:
-        ImageError: it failed; the message says `what` was attempted and holds its last words.
+    Raises ImageError: it failed; the message says `what` was attempted and holds its last words.
     """
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -94,45 +93,20 @@ def _client(quiet: bool = False) -> Any:
 
 def _expect(target: Path, what: str, log: Path) -> None:
     if not target.exists():
-        words = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        # spython prints every error twice: of equal lines the last one is told.
+        lines = log.read_text(errors="replace").splitlines()
+        words = "\n".join(reversed(list(dict.fromkeys(reversed(lines)))[:25]))
         raise ImageError(f"{what} failed. All of its output is in {log}; it ends with:\n{words}")
-
-
-class _Once(io.StringIO):
-    """Leaves out what repeats the text before it: spython prints every error twice."""
-
-    last = ""
-
-    def write(self, text: str) -> int:
-        repeated, self.last = text.rstrip() == self.last, text.rstrip() or self.last
-        return 0 if repeated and self.last else super().write(text)
 
 
 @contextlib.contextmanager
 def _recorded(log: Path) -> Iterator[None]:
     """Everything on standard output goes to `log`: the child's own, and what spython prints."""
-    printed = _Once()
-    with log.open("ab") as file:
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         kept = os.dup(1)
         os.dup2(file.fileno(), 1)
         try:
-            with contextlib.redirect_stdout(printed):
-                yield
+            yield
         finally:
             os.dup2(kept, 1)
             os.close(kept)
-            file.write(printed.getvalue().encode())
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before: Mapping[str, str | None] = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

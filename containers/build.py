@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -104,7 +102,6 @@ def build(store: Path, tag: str, recipe: Recipe, site: Site | None = None) -> Im
         options = command.build_options(arguments, str(context / "site"))
         apptainer.build(recipe.definition, draft, options, log)
         found = describe(draft, f"built from {recipe.definition.name}")
-        found = dataclasses.replace(found, arguments=dict(recipe.arguments))
         image = images.add(store, draft, found)
         log.replace(Path(image.path).with_suffix(".log"))
     images.tag(store, image.sha256, tag)
@@ -114,8 +111,7 @@ def build(store: Path, tag: str, recipe: Recipe, site: Site | None = None) -> Im
 def describe(file: Path, origin: str) -> Image:
     """Test an image (its imports, its labels against its contents) and say what it is.
 
-    Raises:
-        ImageError: it does not start, does not import what a run needs, or is not what it says.
+    Raises ImageError: it does not start, does not import what a run needs, or is not what it says.
     """
     told = apptainer.inspect(file)
     script = command.plain(str(file), (command.PYTHON, "/opt/autoresearch/inside.py", "report"))
@@ -151,8 +147,7 @@ def buildable(definition: str, labels: Mapping[str, str]) -> str:
 def verify(image: Image) -> None:
     """Bytes, labels against contents, and imports.
 
-    Raises:
-        ImageError: the first of these that does not hold.
+    Raises ImageError: the first of these that does not hold.
     """
     images.check(image)
     describe(Path(image.path), image.origin)
@@ -185,12 +180,5 @@ def _staged(recipe: Recipe, site: Site) -> Iterator[Path]:
             if source:
                 shutil.copyfile(source, context / "site" / target)
         for wheel in site.wheels.glob("*.whl") if site.wheels else ():
-            _link(wheel, context / "site" / "wheels" / wheel.name)
+            shutil.copyfile(wheel, context / "site" / "wheels" / wheel.name)
         yield context
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or another user's file
-        shutil.copyfile(source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from containers import build, images, remote
 from containers.apptainer import ImageError
 from containers.images import Image
 
+Act = Callable[[argparse.Namespace], tuple[Any, str]]  # of a verb: its value as JSON, in words
 MEANING = {
     "image": "a tag, or a sha256 (its first 8 digits will do)",
     "source": "where it comes from",
@@ -29,32 +31,32 @@ def add_parser(subparsers: Any) -> None:
     common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def verb(name: str, help: str, *arguments: str) -> argparse.ArgumentParser:
+    def verb(act: Act, name: str, help: str, *arguments: str) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = verbs.add_parser(
             name, help=help, description=help, parents=[common]
         )
         for argument in arguments:
             made.add_argument(argument, help=MEANING[argument])
+        made.set_defaults(act=act)
         return made
 
-    _add_build(verb("build", "build an image from containers/NAME.def, or from a file"))
-    verb("list", "tags and images of the store")
-    verb("inspect", "all that is known of an image", "image")
-    verb("verify", "its bytes, its labels against its contents, its imports", "image")
-    one = verb("pull", "fetch an image: oras://host/name:tag or @sha256:..., or a file", "source")
+    _add_build(verb(_build, "build", "build an image from containers/NAME.def, or from a file"))
+    verb(_list, "list", "tags and images of the store")
+    verb(_inspect, "inspect", "all that is known of an image", "image")
+    verb(_verify, "verify", "its bytes, its labels against its contents, its imports", "image")
+    one = verb(_pull, "pull", "fetch one: oras://host/name:tag or @sha256:..., or a file", "source")
     one.add_argument("--tag", required=True, help="what it is called here")
-    verb("push", "send an image to a registry, and record its digest there", "image", "address")
-    verb("tag", "let NEW mean this image", "image", "new")
+    verb(_push, "push", "send one to a registry, and record its digest there", "image", "address")
+    verb(_tag, "tag", "let NEW mean this image", "image", "new")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the verb that `add_parser` understood. Returns the exit status.
 
-    Raises:
-        ImageError: in words, what failed.
+    Raises ImageError: in words, what failed.
     """
     try:
-        value, text = _VERBS[args.verb](args)
+        value, text = args.act(args)
     except OSError as error:
         raise ImageError(f"image {args.verb} failed: {error}") from error
     print(json.dumps(value, indent=1) if args.json else text)
@@ -126,17 +128,6 @@ def _tag(args: argparse.Namespace) -> tuple[Any, str]:
     return {"tag": args.new, "sha256": image.sha256, "moved": moved}, (
         f"{args.new} means sha256 {image.sha256}{said}"
     )
-
-
-_VERBS = {
-    "build": _build,
-    "list": _list,
-    "inspect": _inspect,
-    "verify": _verify,
-    "pull": _pull,
-    "push": _push,
-    "tag": _tag,
-}
 
 
 def _plain(image: Image) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 # Where the wrapper's roles stand inside (trainer/referee/sandbox.py says the same): fixed, so that
 # no path of the host enters a compile cache. True: writable.
@@ -23,20 +22,13 @@ START = (
 )
 
 
-@dataclass(frozen=True)
-class Mount:
-    """A host folder at a place inside; read-only unless `writable`."""
+def mount(source: str, target: str, writable: bool = False) -> str:
+    """The option that puts a host folder at a place inside, read-only unless `writable`.
 
-    source: str
-    target: str
-    writable: bool = False
-
-    def option(self) -> str:
-        """--mount's comma-separated form, as one element, quoted as CSV: a path may hold commas,
-        colons and quotes."""
-        fields = ["type=bind", f"src={self.source}", f"dst={self.target}"]
-        fields += [] if self.writable else ["ro"]
-        return "--mount=" + ",".join('"' + field.replace('"', '""') + '"' for field in fields)
+    It is --mount's comma-separated form, quoted as CSV: a path may hold commas, colons and quotes.
+    """
+    fields = ["type=bind", f"src={source}", f"dst={target}", *([] if writable else ["ro"])]
+    return "--mount=" + ",".join('"' + field.replace('"', '""') + '"' for field in fields)
 
 
 def program_template(
@@ -55,13 +47,13 @@ def program_template(
     """
     temporary = [
         # Apptainer's own are 64 MB (/tmp) and half the memory (/dev/shm); this one is bounded.
-        Mount("{scratch}/tmp", place, writable=True)
+        mount("{scratch}/tmp", place, writable=True)
         for place in ("/tmp", "/var/tmp", "/dev/shm")
     ]
     # All that it may write of the shared folder; the referee watches its size.
-    ring = Mount("{shared}/ring", "/autoresearch/shared/ring", writable=True)
+    ring = mount("{shared}/ring", "/autoresearch/shared/ring", writable=True)
     start = ["/usr/bin/env", "{env}", f"PATH={PATH}", "/bin/sh", "-c", START, "sh"]
-    mounts = [*_roles(PROGRAM_ROLES), ring, *temporary, *(Mount(path, path) for path in binds)]
+    mounts = [*_roles(PROGRAM_ROLES), ring, *temporary, *(mount(path, path) for path in binds)]
     return _template(image, mounts, gpu, network, start)
 
 
@@ -91,22 +83,17 @@ def build_options(arguments: Mapping[str, str], site: str) -> list[str]:
     return [*(word for option in options for word in option), "--bind", f"{site}:/mnt:ro", *packing]
 
 
-def push(image: str, uri: str) -> list[str]:
-    """Push to an oras:// address."""
-    return ["apptainer", "push", image, uri]
-
-
-def _roles(roles: Mapping[str, bool]) -> list[Mount]:
-    return [Mount(f"{{{r}}}", f"/autoresearch/{r}", writable) for r, writable in roles.items()]
+def _roles(roles: Mapping[str, bool]) -> list[str]:
+    return [mount(f"{{{r}}}", f"/autoresearch/{r}", writable) for r, writable in roles.items()]
 
 
 def _template(
-    image: str, mounts: Sequence[Mount], gpu: bool, network: bool, start: Sequence[str]
+    image: str, mounts: Sequence[str], gpu: bool, network: bool, start: Sequence[str]
 ) -> tuple[str, ...]:
     return (
         *("apptainer", "--quiet", "exec", "--containall", "--cleanenv", "--no-home"),
         *(() if network else ("--net", "--network", "none")),
         *(("--nv",) if gpu else ()),
-        *("--pwd", "/", *(mount.option() for mount in mounts)),
+        *("--pwd", "/", *mounts),
         *(image, *start),
     )

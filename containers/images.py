@@ -38,7 +38,6 @@ class Image:
     labels: Mapping[str, str]
     packages: tuple[str, ...]  # "name==version", "deb:name=version"
     origin: str  # "built from cpu.def", or the address it was pulled from
-    arguments: Mapping[str, str] = field(default_factory=dict)  # given to the build; unknown: {}
     made: Mapping[str, str] = field(default_factory=dict)  # time (UTC), host, apptainer
     registry: Mapping[str, str] = field(default_factory=dict)  # address -> manifest digest there
 
@@ -67,11 +66,7 @@ def tags(store: Path) -> dict[str, str]:
 
 
 def every(store: Path) -> list[Image]:
-    """All images of the store, oldest first.
-
-    Raises:
-        ImageError: this user may not look into it.
-    """
+    """All images of the store, oldest first. Raises ImageError: this user may not look into it."""
     if store.exists() and not os.access(store, os.R_OK | os.X_OK):
         raise ImageError(
             f"The image store {store} is not readable for this user: its owner gives the group "
@@ -84,8 +79,7 @@ def every(store: Path) -> list[Image]:
 def find(store: Path, name: str) -> Image:
     """The image by tag, by sha256 (or >= 8 first digits of it), or by a registry's digest.
 
-    Raises:
-        ImageError: none or several; the message says what the store holds.
+    Raises ImageError: none or several; the message says what the store holds.
     """
     tag = store / "tags" / f"{name}.json"
     wanted = _read(tag)["sha256"] if _TAG.fullmatch(name) and tag.exists() else name
@@ -111,10 +105,9 @@ def find(store: Path, name: str) -> Image:
 def tag(store: Path, name: str, new: str) -> tuple[Image, str | None]:
     """Let tag `new` mean image `name`. Returns the image and the sha256 that the tag meant before.
 
-    A tag may move: commits record the sha256 too, and that decides. Where it pointed is kept.
+    A tag may move: commits record the sha256 too, and that decides.
 
-    Raises:
-        ImageError: no such image, or not a tag's name.
+    Raises ImageError: no such image, or not a tag's name.
     """
     if not _TAG.fullmatch(new):
         raise ImageError(
@@ -122,13 +115,9 @@ def tag(store: Path, name: str, new: str) -> tuple[Image, str | None]:
         )
     image = find(store, name)
     path = store / "tags" / f"{new}.json"
-    old = _read(path) if path.exists() else None
-    before = old["before"] if old else []
-    moved = old["sha256"] if old and old["sha256"] != image.sha256 else None
-    if moved and old:
-        before = [*before, {"sha256": moved, "time": old["time"]}]
-    write_json(path, {"sha256": image.sha256, "time": now(), "before": before})
-    return image, moved
+    old = _read(path)["sha256"] if path.exists() else image.sha256
+    write_json(path, {"sha256": image.sha256, "time": now()})
+    return image, old if old != image.sha256 else None
 
 
 def add(store: Path, file: Path, image: Image) -> Image:
@@ -142,7 +131,7 @@ def add(store: Path, file: Path, image: Image) -> Image:
         known = _read(record)
         image = dataclasses.replace(
             image,
-            **{name: known[name] for name in ("origin", "made", "arguments")},
+            **{name: known[name] for name in ("origin", "made")},
             registry={**known["registry"], **image.registry},
         )
     file.chmod(0o555)  # nothing writes to it again: one byte less or more is another image
@@ -166,8 +155,7 @@ def note_registry(store: Path, image: Image, uri: str, digest: str) -> Image:
 def check(image: Image) -> None:
     """Before a campaign: the file's bytes are the recorded ones. Reads all of it (~1 s a GB).
 
-    Raises:
-        ImageError: missing, or changed; both digests are named.
+    Raises ImageError: missing, or changed; both digests are named.
     """
     found = sha256(_present(image))
     if found != image.sha256:
@@ -181,8 +169,7 @@ def check(image: Image) -> None:
 def check_quick(image: Image) -> None:
     """Before each run: size and mtime, as NFS answers them for nothing. In doubt, the bytes.
 
-    Raises:
-        ImageError: missing, or changed; both digests are named.
+    Raises ImageError: missing, or changed; both digests are named.
     """
     status = _present(image).stat()
     if (status.st_size, status.st_mtime_ns) != (image.size, image.mtime_ns):
@@ -192,8 +179,7 @@ def check_quick(image: Image) -> None:
 def check_evaluator(image: Image, evaluator_sha256: str, protocol: int = PROTOCOL) -> None:
     """The evaluator sealed into the image is the campaign's, and speaks this controller's protocol.
 
-    Raises:
-        ImageError: it is not; never guessed, for a score would change its meaning unseen.
+    Raises ImageError: it is not; never guessed, for a score would change its meaning unseen.
     """
     spoken = image.labels.get("autoresearch.protocol", "none")
     if spoken != str(protocol):

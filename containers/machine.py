@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from containers import command
 from jobs.model import Finding
 
-NETWORK_FILESYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "fuse.")
 
-
-def examine(
-    image: str | None = None, network: bool = False, building: bool = True
-) -> list[Finding]:
-    """What running images needs and, with `building`, what building them needs.
+def examine(image: str | None = None, network: bool = False) -> list[Finding]:
+    """What running images needs.
 
     Args:
         image: a SIF, of which a container is started as for a run.
         network: as executor.allow_network has it.
     """
-    findings = [check() for check in (*_RUNNING, *(_BUILDING if building else ()))]
+    findings = [programs(), fuse(), squashfuse(), user_namespaces()]
     if image and findings[0].status != "failure":
         tried = isolation(image, network)
         if tried.status != "failure":  # a setuid installation does without
@@ -94,36 +87,6 @@ def user_namespaces() -> Finding:
     return Finding("user namespaces", "failure", f"refused: {done.stderr.strip()}", remedy)
 
 
-def subuid() -> Finding:
-    """Ranges of ids, which building (not running) uses to install packages."""
-    user = pwd.getpwuid(os.getuid()).pw_name
-    missing = [file for file in ("/etc/subuid", "/etc/subgid") if not _has_range(file, user)]
-    if not missing:
-        return Finding("subuid", "ok", f"{user} has ranges in /etc/subuid and /etc/subgid")
-    ranges = "--add-subuids 100000-165535 --add-subgids 100000-165535"
-    remedy = f"An administrator: usermod {ranges} {user}. Or build elsewhere, and pull"
-    seen = f"no range for {user} in {' and '.join(missing)}: images run, building may fail"
-    return Finding("subuid", "warning", seen, remedy)
-
-
-def temporary_folder() -> Finding:
-    """Building on NFS or Lustre fails: they know neither ids of a namespace nor all attributes."""
-    folder = os.environ.get("APPTAINER_TMPDIR") or tempfile.gettempdir()
-    if not os.access(folder, os.W_OK):
-        remedy = "Set APPTAINER_TMPDIR to a folder of yours on a local disk"
-        return Finding("APPTAINER_TMPDIR", "failure", f"{folder} cannot be written", remedy)
-    kind = filesystem(folder, Path("/proc/self/mounts").read_text())
-    free = shutil.disk_usage(folder).free // 2**30
-    seen = f"{folder} on {kind}, {free} GiB free"
-    if kind.startswith(NETWORK_FILESYSTEMS):
-        remedy = "Set APPTAINER_TMPDIR to a local disk (in a job: the node's scratch)"
-        return Finding("APPTAINER_TMPDIR", "failure", seen, remedy)
-    if free < 4:
-        remedy = "Set APPTAINER_TMPDIR to a larger local disk: the CPU image needs 4 GiB, CUDA's 60"
-        return Finding("APPTAINER_TMPDIR", "warning", seen, remedy)
-    return Finding("APPTAINER_TMPDIR", "ok", seen)
-
-
 def isolation(image: str, network: bool = False) -> Finding:
     """A container as a run has it: no network. A setuid installation refuses that to users."""
     started, seen = _interfaces(image, network=False)
@@ -148,30 +111,6 @@ def _interfaces(image: str, network: bool) -> tuple[bool, str]:
     if done.returncode == 0:
         return True, done.stdout.strip()
     return False, (done.stderr or done.stdout).strip()[-300:] or f"exit status {done.returncode}"
-
-
-def filesystem(folder: str, mounts: str) -> str:
-    """Type of the file system that holds `folder`, by the text of /proc/self/mounts."""
-    real, best, kind = os.path.realpath(folder), "", "unknown"
-    for line in mounts.splitlines():
-        _, point, found, *_ = line.split(" ")
-        point = point.replace("\\040", " ")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, found
-    return kind
-
-
-_RUNNING: tuple[Callable[[], Finding], ...] = (programs, fuse, squashfuse, user_namespaces)
-_BUILDING: tuple[Callable[[], Finding], ...] = (subuid, temporary_folder)
-
-
-def _has_range(file: str, user: str) -> bool:
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return False
-    return any(line.split(":")[0] in (user, str(os.getuid())) for line in lines)
 
 
 def _output(argv: list[str]) -> str:

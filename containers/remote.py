@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from containers import apptainer, build, command, images
+from containers import apptainer, build, images
 from containers.apptainer import ImageError
 from containers.images import Image
 
@@ -28,8 +28,7 @@ _MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.im
 def pull(store: Path, uri: str, tag: str) -> Image:
     """Fetch an image of this project into the store: oras://host/name[:tag|@sha256:...], or a file.
 
-    Raises:
-        ImageError: not there, not whole, or not an image of this project.
+    Raises ImageError: not there, not whole, or not an image of this project.
     """
     with build.fresh(store) as (draft, log):
         local = Path(uri)
@@ -49,14 +48,13 @@ def pull(store: Path, uri: str, tag: str) -> Image:
 def push(store: Path, name: str, uri: str) -> Image:
     """Push an image to oras://host/name:tag and record the digest it has there.
 
-    Raises:
-        ImageError: no such image, its bytes have changed, or the registry refused.
+    Raises ImageError: no such image, its bytes have changed, or the registry refused.
     """
     if not uri.startswith("oras://"):
         raise ImageError(f"An image is pushed to an oras:// address (any OCI registry), not {uri}")
     image = images.find(store, name)
     images.check(image)
-    apptainer.run(command.push(image.path, uri), f"Pushing {image.path} to {uri}")
+    apptainer.run(["apptainer", "push", image.path, uri], f"Pushing {image.path} to {uri}")
     digest = _digest(uri, image.sha256)
     return images.note_registry(store, image, _bare(uri), digest) if digest else image
 
@@ -66,8 +64,7 @@ def registry_digest(uri: str) -> tuple[str, list[str]]:
 
     APPTAINER_NOHTTPS is followed, as apptainer does.
 
-    Raises:
-        ImageError: the registry did not answer so.
+    Raises ImageError: the registry did not answer so.
     """
     match = _ORAS.fullmatch(uri)
     if not match:

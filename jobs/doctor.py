@@ -309,7 +309,7 @@ def main(folder: Path) -> None:
         found.append(trial.taken(executor, trial.run_text(executor, folder, ["true"])))
     else:
         if path := asked["image"]:
-            found += machine.examine(path, executor.allow_network, building=False)
+            found += machine.examine(path, executor.allow_network)
         if settings.task.kind == "nanochat" and can_start(found) and (path or not executor.image):
             found += device.findings(executor, path)
     trial.write(folder / "findings.json", json.dumps(to_json(found)))

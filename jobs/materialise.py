@@ -115,7 +115,6 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
             config.task.scorer.command,
             str(site.scorer_files),
             config.task.metric,
-            "max" if config.task.direction == "maximise" else "min",
         )
     return Task(
         kind=config.task.kind,

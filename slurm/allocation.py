@@ -120,8 +120,7 @@ class AllocationRuns:
     ) -> Submission:
         """Start one run in a free place, or keep it for the next `survey` that finds one.
 
-        Raises:
-            UserError: Slurm refused the holder for a setting; with its own words.
+        Raises UserError: Slurm refused the holder for a setting; with its own words.
         """
         avoided = tuple(sorted(avoid))
         entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, avoided, dict(place))

@@ -70,8 +70,7 @@ def require(program: str, setting: str) -> None:
 def ask(argv: Sequence[str], stdin: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
     """Standard output of a Slurm command.
 
-    Raises:
-        Unanswered: it failed or took too long; with its own words.
+    Raises Unanswered: it failed or took too long; with its own words.
     """
     try:
         done = subprocess.run(
@@ -116,22 +115,12 @@ def queue() -> list[Row]:
     Ended ones stay for MinJobAge (300 s by default). Raises Unanswered.
     """
     lines = ask(["squeue", "--me", "--all", "-t", "all", "-r", "-h", "-o", _FIELDS]).splitlines()
-    return [_queue_row(*line.split("|", 8)) for line in lines if line.count("|") >= 8]
-
-
-def _queue_row(
-    job: str,
-    state: str,
-    nodes: str,
-    asked: str,
-    start: str,
-    left: str,
-    reason: str,
-    folder: str,
-    name: str,
-) -> Row:
-    waited = None if state == "PENDING" else _between(asked, start)
-    return Row(job, state, nodes, reason, name, folder, waited, seconds(left))
+    rows = []
+    for line in (line for line in lines if line.count("|") >= 8):
+        job, state, nodes, asked, start, left, reason, folder, name = line.split("|", 8)
+        waited = None if state == "PENDING" else _between(asked, start)
+        rows.append(Row(job, state, nodes, reason, name, folder, waited, seconds(left)))
+    return rows
 
 
 def remembered(jobs: Iterable[str]) -> list[Row]:
@@ -213,10 +202,11 @@ def seconds(text: str) -> float | None:
 def _between(earlier: str, later: str) -> float | None:
     """Seconds between two of Slurm's local times; None where one is 'N/A' or 'Unknown'."""
     try:
-        span = datetime.fromisoformat(later) - datetime.fromisoformat(earlier)
+        # Of local times themselves the difference is an hour off where the clocks change between.
+        begin, end = (datetime.fromisoformat(text).timestamp() for text in (earlier, later))
     except ValueError:
         return None
-    return max(0.0, span.total_seconds())
+    return max(0.0, end - begin)
 
 
 # -- what refusals and reasons mean ---------------------------------------------------------------
@@ -291,31 +281,20 @@ def remedy(reason: str) -> str | None:
     return next((cure for pattern, cure in _PERMANENT if re.search(pattern, reason)), None)
 
 
-def phase(state: str) -> str:
-    """'pending', 'running' or 'ended' for one of Slurm's job states.
+_PENDING = frozenset(
+    ["PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING"]
+)
+# COMPLETING still counts as running: its processes may be about to write the result.
+_RUNNING = frozenset(
+    ["RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"]
+)
 
-    COMPLETING still counts as running: its processes may be about to write the result.
-    """
-    if state in (
-        "PENDING",
-        "REQUEUED",
-        "REQUEUE_FED",
-        "REQUEUE_HOLD",
-        "SPECIAL_EXIT",
-        "CONFIGURING",
-    ):
+
+def phase(state: str) -> str:
+    """'pending', 'running' or 'ended' for one of Slurm's job states."""
+    if state in _PENDING:
         return "pending"
-    if state in (
-        "RUNNING",
-        "COMPLETING",
-        "SUSPENDED",
-        "STOPPED",
-        "SIGNALING",
-        "STAGE_OUT",
-        "RESIZING",
-    ):
-        return "running"
-    return "ended"
+    return "running" if state in _RUNNING else "ended"
 
 
 def by_job(rows: Iterable[Row]) -> Mapping[str, Row]:

@@ -179,8 +179,7 @@ class SlurmExecutor:
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Submissions that exist under these names: in Slurm, in its accounts, or by their claims.
 
-        Raises:
-            Paused: Slurm does not answer. Taking that for "not there" would run things twice.
+        Raises Paused: Slurm does not answer. Taking that for "not there" would run things twice.
         """
         wanted = {name: payload.run_id(name) for name in names}
         runs, jobs = self._campaign_dir / "runs", self._jobs_named(list(wanted))

@@ -6,9 +6,7 @@ node; every job of ours imports it there, so it imports nothing of ours.
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,8 +32,18 @@ class AllocationExecutor(PicklingExecutor):
     job_class = StepJob
 
     def _submit_command(self, command: str) -> StepJob:
+        """srun in a session of its own: neither Ctrl-C nor a kill of the controller ends it."""
         job = StepJob(self.folder, self.parameters["job_id"])
-        job.process = start(self.parameters["argv"], self.parameters["env"] | _marks(job.job_id))
+        marks = {"SUBMITIT_EXECUTOR": self.name(), STEP_ID: job.job_id}
+        with open(self.folder / "srun.log", "ab") as log:
+            job.process = subprocess.Popen(
+                self.parameters["argv"],
+                env=self.parameters["env"] | marks,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         return job
 
     def _num_tasks(self) -> int:
@@ -67,21 +75,3 @@ class AllocationJobEnvironment(JobEnvironment):
         "global_rank": "SLURM_PROCID",
         "local_rank": "SLURM_LOCALID",
     }
-
-
-def _marks(job_id: str) -> dict[str, str]:
-    return {"SUBMITIT_EXECUTOR": AllocationExecutor.name(), STEP_ID: job_id}
-
-
-def start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """srun in a session of its own: neither Ctrl-C nor a kill of the controller ends it."""
-    folder = next(a.partition("=")[2] for a in argv if a.startswith("--output="))
-    with open(Path(os.path.dirname(folder)) / "srun.log", "ab") as log:
-        return subprocess.Popen(
-            argv,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )

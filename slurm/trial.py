@@ -57,8 +57,7 @@ def require(
 ) -> None:
     """The same in short, before a campaign begins: what one branch alone wants is its own trouble.
 
-    Raises:
-        UserError: no job of these settings could run; in Slurm's words.
+    Raises UserError: no job of these settings could run; in Slurm's words.
     """
     _require_programs(chosen)
     if chosen.kind == "allocation":
@@ -165,8 +164,7 @@ def run(
 ) -> list[Finding]:
     """Submit a job and await folder/findings.json; its hello there is answered at once.
 
-    Raises:
-        AutoresearchError: as `commands.sbatch`.
+    Raises AutoresearchError: as `commands.sbatch`.
     """
     job, began = commands.sbatch(text), time.monotonic()
     state, asked, there = JobState("pending"), -math.inf, began

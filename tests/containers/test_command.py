@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from containers import command
-from containers.command import Mount
 from trainer.referee import sandbox
 from trainer.referee.sandbox import View
 
@@ -77,9 +76,9 @@ def test_the_network_is_left_in_and_gpus_are_let_in_only_when_asked_for():
 
 
 def test_a_mount_is_read_only_unless_said_and_its_path_may_hold_anything():
-    option = Mount('/a,b:"c', "/t", True).option()
+    option = command.mount('/a,b:"c', "/t", True)
     assert option == '--mount="type=bind","src=/a,b:""c","dst=/t"'
-    assert Mount("/a", "/t").option().endswith(',"ro"')
+    assert command.mount("/a", "/t").endswith(',"ro"')
 
 
 def test_build_arguments_are_in_a_fixed_order_and_the_site_is_read_only():

@@ -9,29 +9,11 @@ import pytest
 from containers import apptainer, machine
 from containers.apptainer import ImageError
 
-MOUNTS = """\
-/dev/sda1 / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-lustre@tcp:/work /home/u/big\\040work lustre rw 0 0
-tmpfs /tmp tmpfs rw 0 0
-tmpfs /tmp tmpfs rw 0 0
-"""
-
 
 def program(folder: Path, name: str, text: str = "exit 0") -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-
-
-def test_the_file_system_of_a_folder_is_that_of_its_deepest_mount():
-    kinds = {
-        "/var/x": "ext4",
-        "/home/u": "nfs4",
-        "/home/u/big work/d": "lustre",
-        "/homeless": "ext4",
-    }
-    assert {path: machine.filesystem(path, MOUNTS) for path in kinds} == kinds
 
 
 def test_a_machine_without_apptainer_is_told_where_it_comes_from(tmp_path: Path, monkeypatch):
@@ -69,13 +51,6 @@ def test_the_slow_squashfuse_alone_is_a_warning(tmp_path, monkeypatch):
     program(tmp_path, "squashfuse")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "slow" in machine.squashfuse().seen
-
-
-def test_a_temporary_folder_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setenv("APPTAINER_TMPDIR", str(tmp_path / "absent"))
-    finding = machine.temporary_folder()
-    assert finding.status == "failure"
-    assert str(tmp_path / "absent") in finding.seen
 
 
 REFUSES_NET = """\

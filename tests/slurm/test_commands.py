@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def test_a_line_of_squeue_is_a_row_also_with_an_odd_name(program):
     assert commands.queue() == [
         Row("7", "RUNNING", "n[1-2]", "None", "night|odd", "/lab", 30.0, 93784.0)
     ]
+
+
+def test_a_wait_over_a_change_of_the_clocks_is_as_long_as_it_was(program, monkeypatch):
+    program("squeue", "echo '7|RUNNING|n1|2026-03-29T01:59:00|2026-03-29T03:01:00|9:59|None|/l|a'")
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        assert commands.queue()[0].queue_s == 120.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(

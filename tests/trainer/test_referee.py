@@ -371,11 +371,10 @@ def alive(pid: str) -> bool:
     return Path(f"/proc/{pid}/cmdline").exists()
 
 
-def test_telemetry_is_stored_up_to_its_size_and_then_counted(tmp_path):
+def test_telemetry_is_stored_up_to_its_size(tmp_path):
     program = "for i in range(3000): session.log({f'k{j}': 'x' * 200 for j in range(30)})\n"
     result = runs.run(tmp_path, program + runs.HONEST)
     assert result["status"] == "ok"
-    assert result["metrics_not_stored"] > 1000
     assert (tmp_path / "run" / "telemetry.jsonl").stat().st_size <= 8 * 2**20
 
 

@@ -1,7 +1,7 @@
 """The process between the wrapper and the program: builds the walls, starts it, ends its tree.
 
 Run as a plain script by a bare interpreter, in the program's own scrubbed environment, with a plan
-(see sandbox.py; marshalled, since the json module takes 8 ms to import) on its standard input.
+(see wrapper.py; marshalled, since the json module takes 8 ms to import) on its standard input.
 What happens goes to the plan's status descriptor, a line each: "started", then "peak KIB" (of the
 largest process) and "exit CODE" or "signal NUMBER"; or "failed WORDS" (the walls could not be
 built, nothing ran) or "missing WORDS" (the command could not be started).

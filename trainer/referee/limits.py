@@ -76,12 +76,10 @@ class Watch:
         self._next_disk = 0.0
         self.seen: set[int] = set()  # pids of the last look
         self.peak_mb = 0.0
-        self.peak_processes = 0
 
     def poll(self) -> Breach | None:
         """The first limit found exceeded now."""
         pids = self.seen = self._tree.look()
-        self.peak_processes = max(self.peak_processes, len(pids))
         if len(pids) > self._limits.processes:
             return Breach(
                 "processes", f"{len(pids)} processes, the limit is {self._limits.processes}"

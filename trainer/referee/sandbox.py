@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .protocol import RING_NAME
 
@@ -114,7 +113,8 @@ def mounts(
     nodes = [f"/dev/{name}" for name in DEVICES] + [p for g in GPUS for p in glob.glob(g)]
     plan += [(path, path, "dev") for path in nodes]
     roots = outermost([*SYSTEM, *readable])
-    plan += [bind(path) for path in [*roots, *(f"/etc/{name}" for name in ETC)] if exists(path)]
+    visible = [*roots, *(f"/etc/{name}" for name in ETC)]
+    plan += [bind(path) for path in visible if os.path.lexists(path)]
     plan += [
         (None, path, "tmpfs:4k") for path in hidden if any(below(path, root) for root in roots)
     ]
@@ -168,7 +168,7 @@ def readable_folders(
 
 def outermost(paths: Sequence[str]) -> list[str]:
     """The paths without those that lie below another of them, links apart."""
-    there = sorted({path for path in paths if exists(path)}, key=len)
+    there = sorted(filter(os.path.lexists, set(paths)), key=len)
     kept: list[str] = []
     for path in there:
         if not any(below(path, other) for other in kept if not os.path.islink(other)):
@@ -179,10 +179,6 @@ def outermost(paths: Sequence[str]) -> list[str]:
 def below(path: str, folder: str) -> bool:
     """Whether `path` is `folder` or lies in it, by name."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
-def exists(path: str) -> bool:
-    return os.path.lexists(path)
 
 
 def contained(prefix: Sequence[str], view: View, env: Mapping[str, str]) -> list[str]:
@@ -202,19 +198,3 @@ def contained(prefix: Sequence[str], view: View, env: Mapping[str, str]) -> list
         if not any("{" + role + "}" in element for role in ROLES):
             argv.append(element)
     return argv
-
-
-def plan(
-    argv: Sequence[str],
-    cwd: str,
-    walls: Sequence[tuple[str | None, str, str]] | None,
-    scratch_mb: int,
-) -> dict[str, Any]:
-    """What launcher.py is told, less what only the wrapper's process knows."""
-    return {
-        "argv": list(argv),
-        "cwd": cwd,
-        "walls": walls is not None,
-        "mounts": walls or [],
-        "file_bytes": scratch_mb * 2**20,
-    }

@@ -65,18 +65,13 @@ class Scoring:
         self._nats[indices] = np.sum(losses, axis=1, dtype=np.float64, where=counted)
 
     def result(self) -> dict[str, Any]:
-        """The score in bits per byte, and what it was made from."""
+        """The score in bits per byte, and how many rows it was made from."""
         targets = np.bincount(self._rows[:, 1:].ravel(), minlength=len(self._lengths))
-        length = int(targets @ self._lengths)
-        upstream = int(targets @ self._upstream)
-        nats = float(math.fsum(self._nats))
+        nats = math.fsum(self._nats)
         return {
-            "val_bpb": nats / (math.log(2) * length),
-            "val_bpb_upstream": nats / (math.log(2) * upstream),
-            "nats": nats,
-            "bytes": length,
+            "val_bpb": nats / (math.log(2) * int(targets @ self._lengths)),
+            "val_bpb_upstream": nats / (math.log(2) * int(targets @ self._upstream)),
             "rows_scored": len(self._rows),
-            "tokens_scored": int(targets.sum()),
         }
 
     def _indices(self, index: int) -> np.ndarray:

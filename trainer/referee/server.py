@@ -126,7 +126,6 @@ class Referee:
         self._asked = 0  # index of the batch of rows that is being answered
         self._answers = (0, 0, 0)  # offset in the shared file, rows, T
         self._deadline: float | None = None
-        self._ahead: int | None = None  # offset of the next batch of rows
         self._after: Any = None  # work left for after the reply
         self._telemetry = (self._private / "telemetry.jsonl").open("wb")
         self._account: dict[str, Any] = {
@@ -137,12 +136,10 @@ class Referee:
             "budget": {"kind": self.clock.terms.kind, "amount": self.clock.terms.amount},
             "val_bpb": None,
             "batches": 0,
-            "serving_seconds": 0.0,
             "waiting_seconds": None,  # as the program tells it
             "scoring_seconds": None,
             "refusals": [],
             "reported": {},  # the last value of each name that the program logged
-            "metrics_not_stored": 0,
         }
 
     def serve(self, connection: socket.socket) -> None:
@@ -154,10 +151,7 @@ class Referee:
                 message = protocol.receive(connection)
                 if message is None:
                     break
-                start = time.perf_counter()
                 protocol.send(connection, self._answer(message))
-                if message["type"] == "next":
-                    self._account["serving_seconds"] += time.perf_counter() - start
                 self._finish()
             self._ring.check()
         except (Garbage, RecursionError) as error:
@@ -254,7 +248,7 @@ class Referee:
         }
 
     def on_log(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Telemetry: stored up to a size, then only counted. The last values go into score.json."""
+        """Telemetry: stored up to a size. The last values go into score.json."""
         metrics = protocol.check_metrics(message.get("metrics"))
         reported = self._account["reported"]
         if len(reported.keys() | metrics.keys()) <= protocol.MAX_LOG_KEYS:
@@ -266,9 +260,7 @@ class Referee:
             "progress": round(self.clock.progress(now), 4),
         }
         line = json.dumps({**metrics, **facts}) + "\n"
-        if self._telemetry.tell() + len(line) > TELEMETRY_BYTES:
-            self._account["metrics_not_stored"] += 1
-        else:
+        if self._telemetry.tell() + len(line) <= TELEMETRY_BYTES:
             self._telemetry.write(line.encode())
             self._telemetry.flush()
         return {"type": "logged"}
@@ -295,26 +287,25 @@ class Referee:
         self._scoring = self._start_scoring(batch, length)
         self._deadline = now + self._scoring_limit_s
         self._answers = self._ring.reserve(batch * length * 4), batch, length
-        self._write_rows(0)
         return self._show(0)
 
     def on_answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Take the losses of the batch on show; the next batch, or the score."""
         if self._scoring is None or message.get("index") != self._asked:
             raise Garbage(f"an answer to batch {message.get('index')!r:.20}, which is not on show")
-        if self._account["state"] == "nonfinite":
-            raise Refused(self._account["reason"])
         offset, count, length = self._answers
         claims = self._ring.read(offset, count * length * 4)
         losses = np.frombuffer(claims, "<f4").reshape(count, length)
-        index = self._asked
-        if index + 1 < self._scoring.batches:
-            # The claims are in: the next rows may be shown while these are counted.
-            self._after = lambda: self._count(index, losses)
-            return self._show(index + 1)
-        self._count(index, losses)
-        if self._account["state"] == "nonfinite":
-            raise Refused(self._account["reason"])
+        try:
+            self._scoring.take(self._asked, losses)
+        except NotFinite as error:
+            self._scoring = None
+            self._end("nonfinite", str(error))
+            raise Refused(str(error)) from None
+        except ValueError as error:
+            raise Garbage(str(error)) from None
+        if self._asked + 1 < self._scoring.batches:
+            return self._show(self._asked + 1)
         result = self._scoring.result()
         self._scoring = self._deadline = None
         self._end("scored", f"val_bpb {result['val_bpb']:.6f}")
@@ -332,37 +323,21 @@ class Referee:
         order = np.random.default_rng().permutation(count)  # from the system's entropy: secret
         return Scoring(rows, *data.token_bytes(self._folder), batch, order)
 
-    def _write_rows(self, index: int) -> None:
-        assert self._scoring is not None
-        if index < self._scoring.batches:
-            self._ahead = self._ring.put(self._scoring.rows(index))
-
     def _show(self, index: int) -> dict[str, Any]:
-        """The message that shows batch `index`, which lies written ahead."""
+        """Write batch `index`; the message that shows it."""
+        assert self._scoring is not None
         self._asked = index
-        offset, count, length = self._answers
-        if self._after is None:
-            self._after = lambda: self._write_rows(index + 1)
+        answer, count, length = self._answers
+        offset = self._ring.put(self._scoring.rows(index))
         return {
             "type": "rows",
-            "offset": self._ahead,
-            "answer": offset,
+            "offset": offset,
+            "answer": answer,
             "size": self._ring.size,
             "rows": count,
             "length": length,
             "index": index,
         }
-
-    def _count(self, index: int, losses: np.ndarray) -> None:
-        """Count one answer, then write the rows after the ones on show."""
-        assert self._scoring is not None
-        try:
-            self._scoring.take(index, losses)
-        except NotFinite as error:
-            self._end("nonfinite", str(error))
-        except ValueError as error:
-            raise Garbage(str(error)) from None
-        self._write_rows(index + 2)
 
     def _finish(self) -> None:
         """What could wait until the program had its answer."""

@@ -168,9 +168,10 @@ def supervise(
     stop: Callable[[], str | None],
     output: Path | None = None,
 ) -> Ending:
-    """Run a plan of sandbox.plan to its end.
+    """Run a command to its end.
 
     Args:
+        plan: what launcher.py is told, less what only this process knows.
         log: where its output goes; standard error alone when `output` is given.
         stop: asked at every poll; words end the command.
         output: where standard output goes when it is wanted by itself.
@@ -202,8 +203,6 @@ def supervise(
         "program_seconds": round(time.monotonic() - begun, 6),
         "program_cpu_seconds": round(command.cpu_s, 4),
         "peak_memory_mb": round(max(watch.peak_mb, command.peak_mb), 1),
-        "peak_processes": watch.peak_processes,
-        "log_bytes": sum(one.size for one in logs.values()),
     }
     oom_killed = kills is not None and (oom_kills() or 0) > kills
     return Ending(**facts, usage=usage, tail="\n".join(tails), oom_killed=oom_killed)

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import os
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+Kind = Literal["nanochat", "general"]
+Isolation = Literal["auto", "namespaces", "none", "apptainer"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,13 @@ class Scorer:
     command: tuple[str, ...]
     files_dir: str
     metric: str
-    direction: Literal["min", "max"] = "min"
 
 
 @dataclass(frozen=True)
 class Task:
     """One run. Paths are absolute; seconds and MiB throughout."""
 
-    kind: Literal["nanochat", "general"]
+    kind: Kind
     program: str  # the experiment's snapshot: read-only, and the working directory
     command: tuple[str, ...]  # "python" in first place is `python`
     run_dir: str
@@ -66,7 +66,7 @@ class Task:
     feed_ceiling_s: float | None = None  # token budgets: wall time that closes the feed
     scoring_limit_s: float = 600.0
     limits: Limits = field(default_factory=Limits)
-    isolation: Literal["auto", "namespaces", "none", "apptainer"] = "auto"
+    isolation: Isolation = "auto"
     # "apptainer": what stands in front of each side's command. See sandbox.contained.
     program_argv: tuple[str, ...] = ()
     referee_argv: tuple[str, ...] = ()
@@ -85,9 +85,15 @@ class Task:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
-        """Raises ValueError, naming the field, for anything that cannot be run."""
-        task = _build(cls, data, "task")
-        _check(task)
+        """What `to_json` gave. Raises ValueError, naming the field, for what cannot be run."""
+        parts = (("budget", Budget), ("limits", Limits), ("scorer", Scorer))
+        try:
+            task = _made(cls, data)
+            made = {n: _made(kind, data[n]) for n, kind in parts if data.get(n) is not None}
+            task = dataclasses.replace(task, **made)
+            _check(task)
+        except TypeError as error:
+            raise ValueError(f"task: {error}") from None
         return task
 
     def save(self) -> Path:
@@ -104,48 +110,17 @@ def load(run_dir: str | os.PathLike[str]) -> Task:
     return Task.from_json(json.loads((Path(run_dir) / "task.json").read_text()))
 
 
-def _build(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be an object, not {data!r:.80}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ValueError(f"{where} has no field {unknown[0]!r}; it has {', '.join(hints)}")
-    values = {name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
-        origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where} must be a list of strings, not {value!r:.80}")
-        return tuple(value)
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{where} must be one of {typing.get_args(hint)}, not {value!r:.80}")
-        return value
-    if hint is float:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{where} must be a finite number, not {value!r:.80}")
-        return float(value)
-    expected = dict if origin is not None else hint
-    if type(value) is not expected:
-        raise ValueError(f"{where} must be {expected.__name__}, not {value!r:.80}")
-    return value
+def _made(kind: type, data: Any) -> Any:
+    """A value of `kind` from its JSON object. Raises TypeError where the fields are others."""
+    made = kind(**data)
+    lists = {name: tuple(value) for name, value in vars(made).items() if isinstance(value, list)}
+    return dataclasses.replace(made, **lists)
 
 
 def _check(task: Task) -> None:
+    for name, known in (("kind", Kind), ("isolation", Isolation)):
+        if getattr(task, name) not in get_args(known):
+            raise ValueError(f"task.{name} must be one of {get_args(known)}")
     for name in ("program", "run_dir"):
         if not os.path.isabs(getattr(task, name)):
             raise ValueError(f"task.{name} must be an absolute path, not {getattr(task, name)!r}")
@@ -159,7 +134,7 @@ def _check(task: Task) -> None:
     if task.budget:
         positive["budget.amount"] = task.budget.amount
     for name, number in positive.items():
-        if number <= 0:
-            raise ValueError(f"task.{name} must be positive, not {number}")
+        if not 0 < number < math.inf:  # nor NaN
+            raise ValueError(f"task.{name} must be positive and finite, not {number}")
     if task.isolation == "apptainer" and not task.program_argv:
         raise ValueError("task.program_argv: isolation 'apptainer' needs the container's command")

@@ -218,17 +218,23 @@ class Run:
         if contained:
             argv = sandbox.contained(task.program_argv, view, env) + argv
             env = sandbox.of_container(os.environ)
-        walls = None
+        mounts = []
         if walled:
             readable = sandbox.readable_folders(self.python, self.trainer, task.readable, env)
             hidden = [task.data] if task.data else []
-            walls = sandbox.mounts(view, readable, task.limits.scratch_mb, [*hidden, str(self.dir)])
+            hidden.append(str(self.dir))
+            mounts = sandbox.mounts(view, readable, task.limits.scratch_mb, hidden)
         scorer = cwd == "files"
         self._untouched = changed(roles["scratch"])
+        plan = {
+            "argv": argv,
+            "cwd": "/" if contained else view.inside[cwd],
+            "walls": walled,
+            "mounts": mounts,
+            "file_bytes": task.limits.scratch_mb * 2**20,
+        }
         return supervise(
-            sandbox.plan(
-                argv, "/" if contained else view.inside[cwd], walls, task.limits.scratch_mb
-            ),
+            plan,
             env,
             log=self.dir / ("scorer.log" if scorer else "train.log"),
             output=self.dir / "scorer.out" if scorer else None,
