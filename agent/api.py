@@ -56,8 +56,7 @@ class Reply:
 def client(settings: Any, silence_s: float) -> Any:
     """The SDK's client, without its retries: they would honour a Retry-After of weeks.
 
-    Raises:
-        KeyUnusable: no key, or a key file that others can read.
+    Raises KeyUnusable: no key, or a key file that others can read.
     """
     if settings.provider == "bedrock":
         return anthropic.AnthropicBedrock(base_url=settings.base_url, max_retries=0)

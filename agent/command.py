@@ -238,8 +238,7 @@ def _fill(folder: Path, state: State, branch: str, context: Context) -> dict[str
 def _taken_back(folder: Path, context: Context) -> dict[str, str]:
     """The editable files that changed. Links are not followed: they could point anywhere.
 
-    Raises:
-        OSError, ValueError: a file is gone, no plain file, too large or no text.
+    Raises OSError, ValueError: a file is gone, no plain file, too large or no text.
     """
     changed = {}
     for path, before in context.files.items():

@@ -34,12 +34,10 @@ class Constant:
 def find(source: str, scale: str | None = None) -> dict[str, Constant]:
     """The constants of `source` by name, in the order in which they are written.
 
-    Where the module has one literal block per scale (`{"cpu": dict(depth=2, ...), ...}`) these
-    are the active scale's block alone, else all numbers that are assigned at the top level.
-    `2**19` counts as a number; elements of tuples are `NAME[0]`.
-
-    Raises:
-        SyntaxError: `source` is not Python.
+    Where the module has one literal block per scale (`{"cpu": dict(depth=2, ...), ...}`) these are
+    the active scale's block alone, else all numbers that are assigned at the top level. `2**19`
+    counts as a number; elements of tuples are `NAME[0]`. Raises SyntaxError: `source` is not
+    Python.
     """
     tree = ast.parse(source)
     offsets = _line_offsets(source)
@@ -66,8 +64,7 @@ def values(source: str, scale: str | None = None) -> dict[str, Number]:
 def replace(source: str, changes: Mapping[str, Number], scale: str | None = None) -> str:
     """`source` with new numbers in place of the named constants; all other bytes as they were.
 
-    Raises:
-        KeyError: no such constant (the message lists those there are).
+    Raises KeyError: no such constant (the message lists those there are).
     """
     found = find(source, scale)
     absent = [name for name in changes if name not in found]
@@ -92,10 +89,8 @@ def pieces(source: str, scale: str | None = None) -> dict[str, str]:
     """The program cut into named pieces: name -> normalised source, for "what was changed?".
 
     Functions, classes and top-level assignments go by their names, entries of the active scale's
-    block by theirs, all imports are "imports", everything else at the top level is "script".
-
-    Raises:
-        SyntaxError: `source` is not Python.
+    block by theirs, all imports are "imports", everything else at the top level is "script". Raises
+    SyntaxError: `source` is not Python.
     """
     tree = ast.parse(source)
     found: dict[str, list[str]] = {}

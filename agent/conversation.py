@@ -42,8 +42,7 @@ class Anthropic:
     def __init__(self, settings: Any, campaign_caps: Any = None, model: Model | None = None):
         """`campaign_caps`: dollars and tokens for all branches together; None: no such cap.
 
-        Raises:
-            UserError: no price is known for the model.
+        Raises UserError: no price is known for the model.
         """
         self._settings, self._caps = settings, campaign_caps
         self._model = model or Model(settings)
@@ -121,8 +120,7 @@ class _Conversation:
     def hold(self) -> Submitted:
         """Talks until something is submitted.
 
-        Raises:
-            Stopped: it came to nothing; ProgramError: program.md cannot be read.
+        Raises Stopped: it came to nothing; ProgramError: program.md cannot be read.
         """
         system = [{"type": "text", "text": text} for text in brief.system(self._context)]
         for block in system:

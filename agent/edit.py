@@ -76,8 +76,7 @@ Rule = Callable[[Edit], Iterator[str]]
 def of(context: Context, files: Mapping[str, str], imports: Iterable[str] = ()) -> Edit:
     """`files` as an edit of what `context` shows.
 
-    Raises:
-        ProgramError: the front matter of program.md cannot be read.
+    Raises ProgramError: the front matter of program.md cannot be read.
     """
     limits = program.limits(context.program)
     return Edit(context.files, files, context.scale, context.known, limits, frozenset(imports))

@@ -40,8 +40,7 @@ PROPOSAL_TOKENS = 1_000_000  # all replies of one proposal together
 def price(settings: Any) -> Price:
     """The price of the configured model.
 
-    Raises:
-        UserError: the model is in neither table (the message says what to set).
+    Raises UserError: the model is in neither table (the message says what to set).
     """
     given = settings.prices.get(settings.model)
     if given is not None:

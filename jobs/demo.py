@@ -36,8 +36,7 @@ def run(
 ) -> int:
     """Make the lab (or find it again), prepare the data, run the campaign, say what came of it.
 
-    Raises:
-        UserError: the folder holds something that is no demonstration.
+    Raises UserError: the folder holds something that is no demonstration.
     """
     begun = time.monotonic()
     folder = (
@@ -158,8 +157,7 @@ def _settle(folder: Path, detuned: bool, experiments: int) -> None:
 def worsened(train_py: str) -> str:
     """The program with the constants of DETUNED changed in the block of scale cpu.
 
-    Raises:
-        UserError: a constant is not there.
+    Raises UserError: a constant is not there.
     """
     from agent import constants
 

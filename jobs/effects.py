@@ -73,8 +73,7 @@ _LOCK = threading.Lock()  # the heartbeat crosses boundaries from its own thread
 class effect:
     """Context around one side effect; `name` is one of BOUNDARIES.
 
-    Raises:
-        ValueError: a name that is not in the registry.
+    Raises ValueError: a name that is not in the registry.
     """
 
     __slots__ = ("name",)

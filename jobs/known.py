@@ -29,8 +29,7 @@ class Known:
     def add(self, experiment: str, commit: str, files: Callable[[], Mapping[str, str]]) -> None:
         """Remember an experiment's program; `files` is called where it was not fingerprinted yet.
 
-        Raises:
-            OSError: the disk refused.
+        Raises OSError: the disk refused.
         """
         if commit not in self._marks:
             self._marks[commit] = edit.fingerprint(files())

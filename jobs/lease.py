@@ -89,8 +89,7 @@ class Lease:
     def check(self) -> None:
         """Call before each append.
 
-        Raises:
-            Displaced: a higher number is held by another controller.
+        Raises Displaced: a higher number is held by another controller.
         """
         # The claim is asked for as well: a displaced holder's late heartbeat can hide a newer
         # lease.json until that one beats again.

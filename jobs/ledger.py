@@ -42,9 +42,7 @@ def read(path: Path, offset: int = 0, tail: Tail | None = None) -> Iterator[Even
     """The events from byte `offset` (the start of a line) on; `tail` is filled in while reading.
 
     A last line without its newline is what a killed writer leaves: not an event, never an error.
-
-    Raises:
-        LedgerBroken: any other line that is no event, by its number.
+    Raises LedgerBroken: any other line that is no event, by its number.
     """
     tail = tail if tail is not None else Tail()
     tail.offset = offset

@@ -206,8 +206,7 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], data: Mapping[str, Any]) -> T:
     """The value of class `kind` that `to_json` wrote. Unknown keys of a newer writer are ignored.
 
-    Raises:
-        KeyError: a field without a default is absent.
+    Raises KeyError: a field without a default is absent.
     """
     required, restorers = _PLANS.get(kind) or _PLANS.setdefault(kind, _plan(kind))
     values = {

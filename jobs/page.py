@@ -26,9 +26,7 @@ def write_report(folder: Path, state: State, diff: Callable[[Record], str]) -> P
     """Write results.parquet, report/progress.png and report/index.html of a campaign's folder.
 
     `diff` gives a keep's diff against its base. Returns the page's path. Costs a second or two.
-
-    Raises:
-        OSError: the disk refused.
+    Raises OSError: the disk refused.
     """
     table = tables.write_parquet(folder / "results.parquet", state)
     png = picture.progress(state)

@@ -109,8 +109,7 @@ class Proposals:
     def program(self, branch: str) -> str:
         """The branch's program.md as it reads now: an edit in mid-campaign counts from here on.
 
-        Raises:
-            UserError: it cannot be read.
+        Raises UserError: it cannot be read.
         """
         named = self._journal.state.branch(branch).settings.get("program", "program.md")
         path: Path = self._repository.root / named

@@ -38,8 +38,7 @@ LONGEST_FACT = 200  # characters of one line of a note
 def find(state: State, name: str) -> Record:
     """The experiment that a person means: its id ("e0042", "42"), a commit, or a branch (its head).
 
-    Raises:
-        UserError: none, or several.
+    Raises UserError: none, or several.
     """
     if name in state.branches:
         head = state.branches[name].head

@@ -58,8 +58,7 @@ class Repository:
     def __init__(self, path: Path | str) -> None:
         """Open the repository that holds `path`.
 
-        Raises:
-            UserError: no git program, no repository, a kind of repository this cannot serve.
+        Raises UserError: no git program, no repository, a kind of repository this cannot serve.
         """
         for name in _CALLERS:
             os.environ.pop(name, None)
@@ -148,8 +147,7 @@ class Repository:
     def start(self, ref: str = "HEAD") -> str:
         """The commit behind a branch, tag, ref or (abbreviated) id.
 
-        Raises:
-            UserError: nothing is committed yet, no such commit, an ambiguous prefix.
+        Raises UserError: nothing is committed yet, no such commit, an ambiguous prefix.
         """
         if sha := self.objects.resolve(f"{ref}^{{commit}}"):
             return sha
@@ -170,8 +168,7 @@ class Repository:
     def read(self, commit: str, path: str) -> str:
         """The text of one file of a commit, line ends untouched.
 
-        Raises:
-            UserError: no such file there, or not UTF-8 text.
+        Raises UserError: no such file there, or not UTF-8 text.
         """
         entry = self.objects.find(self.tree(commit), path)
         if entry is None or entry.mode in (TREE, LINK, SUBMODULE):
@@ -334,11 +331,9 @@ class Repository:
     def pack(self, least: int = PACK_FROM) -> bool:
         """Pack loose objects and refs, so that git stays quick at 10,000 experiments.
 
-        The user's own packs stay as they are and nothing is dropped, whether something refers to
-        it or not. May run in a thread of its own. False: fewer than `least` loose objects.
-
-        Raises:
-            Paused: git could not write.
+        The user's own packs stay as they are and nothing is dropped, whether something refers to it
+        or not. May run in a thread of its own. False: fewer than `least` loose objects. Raises
+        Paused: git could not write.
         """
         folder = Path(self._repo.common_dir) / "objects"
         sample = folder / "17"  # ids are even: git gc --auto estimates from this folder, too

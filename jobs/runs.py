@@ -139,8 +139,7 @@ class Runs:
     def ended(self) -> list[tuple[OpenRun, Result]]:
         """The runs that have ended since: by their result.json, else by what became of the job.
 
-        Raises:
-            Paused: a job has waited for minutes for a reason that waiting does not mend.
+        Raises Paused: a job has waited for minutes for a reason that waiting does not mend.
         """
         running = [run for run in self._journal.state.open_runs.values() if run.submission]
         results = {run.run.id: self._told(run) for run in running}

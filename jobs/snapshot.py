@@ -52,8 +52,7 @@ def due(state: State, saved_events: int) -> bool:
 def save(folder: Path, state: State, offset: int) -> None:
     """Writes snapshot.json atomically; `offset`: bytes of the ledger that `state` is the fold of.
 
-    Raises:
-        OSError: the disk refuses; nothing is lost by that.
+    Raises OSError: the disk refuses; nothing is lost by that.
     """
     body = [json.dumps(_small(state), separators=(",", ":")).encode()]
     body += [chunk.text for chunk in state.records.chunks]

@@ -72,8 +72,7 @@ class Tables:
     def update(self, state: State) -> None:
         """Bring every table up to `state`; costs what is new, not what is there.
 
-        Raises:
-            OSError: the disk refused.
+        Raises OSError: the disk refused.
         """
         new = self._newly_settled(state) if self._sizes else []
         moved = {None, *(record.branch for record in new)} if new else set()
@@ -209,10 +208,8 @@ def write_parquet(path: Path, state: State) -> Any:
     """Write results.parquet, a row for each decided experiment. Returns the pyarrow table.
 
     Seconds and memory are sums and peaks over all runs of an experiment, closing reruns included;
-    `run_details` has each run. Rows that the file has already are taken over from it.
-
-    Raises:
-        OSError: the disk refused.
+    `run_details` has each run. Rows that the file has already are taken over from it. Raises
+    OSError: the disk refused.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
