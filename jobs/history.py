@@ -26,21 +26,6 @@ from jobs.records import (
     Vector,
 )
 
-__all__ = [
-    "Branch",
-    "Event",
-    "NodeRun",
-    "OpenRun",
-    "Record",
-    "Request",
-    "RunRecord",
-    "State",
-    "add_usage",
-    "better",
-    "experiment_id",
-    "fold",
-]
-
 RECENT_RUNS = 20  # remembered per node: enough to judge it by, forgiving over a long campaign
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from jobs import policy
-from jobs.history import Branch, Record, State, better
+from jobs.history import State, better
 from jobs.model import Budget, Run
+from jobs.records import Branch, Record
 from jobs.settings import Config
 
 

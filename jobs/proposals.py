@@ -18,10 +18,10 @@ from agent import edit
 from agent.researcher import Context, Researcher
 from jobs import evidence, lab, materialise, names, plan
 from jobs.errors import UserError
-from jobs.history import Branch
 from jobs.journal import Journal
 from jobs.known import Known
 from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
+from jobs.records import Branch
 from jobs.repository import Repository
 
 NAP_S = 60.0  # before a researcher is asked again that names no readable time

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import compare
 from jobs.errors import UserError
-from jobs.history import Branch, State
+from jobs.history import State
 from jobs.model import Result, Usage
-from jobs.records import Record, RunRecord
+from jobs.records import Branch, Record, RunRecord
 from jobs.tables import is_general, is_settled, status, value
 from jobs.tables import write_tables as write_tables
 from jobs.text import one_line

@@ -14,10 +14,10 @@ from typing import Any
 from jobs import materialise, outcome
 from jobs.effects import effect
 from jobs.errors import Paused, UserError
-from jobs.history import OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
 from jobs.plan import Wanted
+from jobs.records import OpenRun
 from jobs.repository import Repository
 from jobs.submission import Executor, JobState, place_of
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from jobs.history import RunRecord, State
+from jobs.history import State
 from jobs.model import Result
+from jobs.records import RunRecord
 
 REPRODUCED, DIFFERENT, INCOMPARABLE = "reproduced", "not reproduced", "not comparable"
 FAILED = "failed"  # of several: this one could not be run

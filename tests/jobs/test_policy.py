@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deciding
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,7 +302,7 @@ def test_a_decision_that_was_altered_is_found() -> None:
     story.experiment(2.5)
     altered = [dict(event) for event in story.events]
     altered[-1]["decision"] = {**altered[-1]["decision"], "verdict": "keep"}
-    (difference,) = policy.verify(altered)
+    (difference,) = deciding.verify(altered)
     assert difference.experiment == "e0002"
     assert "verdict was 'keep', again 'discard'" in str(difference)
 
@@ -310,7 +311,7 @@ def test_a_displaced_writers_decision_is_not_judged() -> None:
     story = greedy()
     story.experiment(2.5)
     late = {**story.events[-1], "fence": 0, "n": story.state.events}
-    assert policy.verify([*story.events, late]) == []
+    assert deciding.verify([*story.events, late]) == []
 
 
 def test_a_changed_configuration_changes_later_decisions_only() -> None:
@@ -318,7 +319,7 @@ def test_a_changed_configuration_changes_later_decisions_only() -> None:
     assert story.experiment(1.95, lines_added=1).verdict == "discard"
     story.put("config_changed", config={"keep": {"per_line": 0.0}})
     assert story.experiment(1.95, lines_added=1).verdict == "keep"
-    assert policy.verify(story.events) == []
+    assert deciding.verify(story.events) == []
 
 
 ENDS = st.sampled_from(["ok", "ok", "ok", "ok", "crash", "infrastructure", "preempted", "lost"])
@@ -331,7 +332,7 @@ def test_deciding_again_from_every_prefix_gives_what_was_decided(data: st.DataOb
     story = Story("main", "wide", keep={"tie": 0.02, "per_line": 0.01})
     for _ in range(data.draw(st.integers(5, 40))):
         _one_step(story, data)
-    assert policy.verify(story.events) == []
+    assert deciding.verify(story.events) == []
     for cut in range(len(story.events)):
         prefix = history.fold(story.events[:cut])
         event = story.events[cut]
