@@ -32,7 +32,6 @@ BOUNDARIES: tuple[str, ...] = (
     "git.branch",  # compare-and-swap of autoresearch/<campaign>/<branch>
     "git.notes",
     "git.pack",
-    "program.mark",  # an experiment's fingerprint, made once
     "run.snapshot",  # the commit's files put where the run finds them
     "run.folder",  # the run's folder and task.json
     "run.submit",

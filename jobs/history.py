@@ -317,6 +317,7 @@ class _Fold:
             lines_removed=given.get("lines_removed", 0),
             time=event.get("time", ""),
             proposed=event.get("at", event),
+            fingerprint=event.get("fingerprint", ""),
         )
         self.records.push(record)
         self.in_flight[expected] = None

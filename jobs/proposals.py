@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import queue
 import threading
@@ -19,7 +18,6 @@ from agent.researcher import Context, Researcher
 from jobs import evidence, lab, materialise, names, plan
 from jobs.errors import UserError
 from jobs.journal import Journal
-from jobs.known import Known
 from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
 from jobs.records import Branch
 from jobs.repository import Repository
@@ -68,7 +66,8 @@ class Proposals:
         self._not_before: dict[tuple[str, bool], datetime] = {}
         self._exhausted: set[str] = set()  # branches whose researcher has nothing more to say
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()  # from the researchers' threads
-        self._known = Known(site.campaign_dir / "programs.txt")
+        records = journal.state.experiments()
+        self._known = {r.fingerprint: r.id for r in records if r.fingerprint}
 
     def close(self) -> None:
         """Let go of the threads; what they were asked for is booked by the next start."""
@@ -90,16 +89,13 @@ class Proposals:
         return bool(active) and active <= self._exhausted
 
     def recover(self) -> None:
-        """Book what died with the last controller; read which programs were tried already."""
+        """Book what died with the last controller."""
         for request in list(self._journal.state.requests.values()):
             usage = _at_most(request.reserve)
             lost = Unavailable("the controller ended while this was asked for", None, usage)
             self._journal.record(
                 "proposal_failed", proposal=request.proposal, unavailable=to_json(lost)
             )
-        for record in self._journal.state.experiments():
-            with contextlib.suppress(UserError):  # its commit was pruned: told elsewhere
-                self._known.add(record.id, record.commit, partial(self.files, record.commit))
 
     def files(self, commit: str) -> dict[str, str]:
         """The editable files of a commit."""
@@ -182,7 +178,7 @@ class Proposals:
             metric=config.task.metric,
             direction="higher" if config.task.direction == "maximise" else "lower",
             readable=_readable(config.task.kind),
-            known=dict(self._known.experiments),
+            known=dict(self._known),
             records=evidence.Evidence(
                 state, self._repository, self._site.campaign_dir / "runs", config.task.editable
             ),
@@ -227,7 +223,7 @@ class Proposals:
         if all(present[path] == text for path, text in proposal.files.items()):
             return "it changes nothing"
         mark = edit.fingerprint({**present, **proposal.files})
-        if other := self._known.experiments.get(mark):  # a neighbour had the same idea meanwhile
+        if other := self._known.get(mark):  # a neighbour had the same idea meanwhile
             return f"it is the program of {other}"
         return None
 
@@ -276,11 +272,12 @@ class Proposals:
             usage=proposal.usage,
             rebased_from=proposal.rebased_from,
         )
-        proposed = {"proposal": request, "experiment": to_json(experiment)}
+        mark = edit.fingerprint({**before, **proposal.files})
+        proposed = {"proposal": request, "experiment": to_json(experiment), "fingerprint": mark}
         self._journal.record_all([*recorded, ("proposed", proposed)])
+        self._known[mark] = experiment.id
         ref = names.attempt_ref(self._site.config.campaign, experiment.id)
         self._repository.point(ref, commit, None)
-        self._known.add(experiment.id, commit, lambda: {**before, **proposal.files})
 
     def _commit(self, proposal: Proposal, parent: str | None, program_sha256: str) -> str:
         message = "\n\n".join(filter(None, (proposal.description, proposal.hypothesis)))
