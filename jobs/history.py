@@ -430,9 +430,6 @@ class _Fold:
         why = event.get("refused")
         self.refused = f"{event.get('order') or event['name']}: {why}" if why else None
 
-    def on_node_cleared(self, event: Event) -> None:
-        self.nodes.pop(event["node"], None)
-
     def _record(self, experiment: str) -> Record:
         record = self.records[int(experiment[1:]) - 1]
         if record.id != experiment:

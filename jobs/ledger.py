@@ -150,6 +150,7 @@ class Ledger:
         if os.fstat(self._fd).st_size != self.offset:
             self._catch_up_late()
         made = [self._event(name, payload, i) for i, (name, payload) in enumerate(events)]
+        # NaN is no JSON; a missing number is null, so that every reader of the file can parse it
         lines = [
             json.dumps(e, separators=(",", ":"), allow_nan=False).encode() + b"\n" for e in made
         ]
@@ -226,11 +227,6 @@ class Ledger:
             os.fsync(self._fd)
         except OSError:
             return  # the caller reports the first error; a torn end is cut at the next opening
-
-
-def _line(event: Event) -> bytes:
-    # NaN is no JSON; a missing number is null, so that every reader of the file can parse it
-    return json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def sync_folder(folder: Path) -> None:

@@ -43,17 +43,8 @@ class Park:
     reason: str
 
 
-def after(state: State, run: str) -> Retry | Crash | Park | None:
-    """What a run's end asks for; None: it ended by itself, and `decide` weighs it.
-
-    Args:
-        run: id of a run that has ended, the latest attempt of its seed ("e0042-s1-a1").
-    """
-    experiment, seed, _ = run.rsplit("-", 2)
-    return _after(state, state.record(experiment), int(seed[1:]))
-
-
-def _after(state: State, record: Record, seed: int) -> Retry | Crash | Park | None:
+def after(state: State, record: Record, seed: int) -> Retry | Crash | Park | None:
+    """What a seed's latest run asks for, at its end; None: it ended by itself, for `decide`."""
     tries = [r for r in record.runs if r.seed == seed]
     last = max(tries, key=lambda r: r.attempt)
     if last.status != "infrastructure":
@@ -176,7 +167,7 @@ def greedy(state: State, record: Record, settings: Mapping[str, Any]) -> Decisio
     """
     branch = state.branch(record.branch)
     counted = [r for r in record.runs if r.status != "infrastructure"]
-    fates = [_after(state, record, seed) for seed in sorted({r.seed for r in record.runs})]
+    fates = [after(state, record, seed) for seed in sorted({r.seed for r in record.runs})]
     verdict, reason, numbers = _unscored(fates, counted) or _weigh(
         sum(r.metric for r in counted if r.metric is not None) / len(counted),
         record,

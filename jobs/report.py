@@ -17,8 +17,7 @@ from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Result, Usage
 from jobs.records import Branch, Record, RunRecord
-from jobs.tables import is_general, is_settled, status, value
-from jobs.tables import write_tables as write_tables
+from jobs.tables import is_general, is_settled, status, value, write_tables
 from jobs.text import one_line
 
 if TYPE_CHECKING:
@@ -222,7 +221,7 @@ def signed(state: State, gain: float) -> str:
     return f"{change:+.6g}" if is_general(state) else f"{change:+.6f}"
 
 
-def chosen(state: State, branch: str | None = None, limit: int | None = 20) -> list[Record]:
+def chosen(state: State, branch: str | None, limit: int | None) -> list[Record]:
     """The latest experiments, of one branch if named, the latest first; no limit: all of them."""
     return state.recent(len(state.records) if limit is None else limit, branch)[::-1]
 
