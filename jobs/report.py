@@ -6,8 +6,10 @@ each, without control characters.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +156,34 @@ def confirmed(record: Record) -> list[float]:
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (None of a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What the closing reruns of a branch's first and best say: metrics on fresh seeds."""
+
+    first: list[float]
+    best: list[float]
+    gain: float  # of the means; positive is better
+    noise: float  # standard error of the gain; 0 where there is a single run of each
+
+    @property
+    def real(self) -> bool:
+        """Whether there is a gain beyond noise."""
+        return self.gain > 2 * self.noise
+
+
+def closing(state: State, branch: Branch) -> Closing | None:
+    """None: first and best were not both run again."""
+    first, best = (
+        confirmed(state.record(name)) if name else [] for name in (branch.baseline, branch.best)
+    )
+    if not first or not best:
+        return None
+    gain = statistics.fmean(first) - statistics.fmean(best)
+    variance = sum(statistics.variance(v) / len(v) for v in (first, best) if len(v) > 1)
+    gain = -gain if state.direction == "maximise" else gain
+    return Closing(first, best, gain, math.sqrt(variance))
 
 
 # -- for the terminal -----------------------------------------------------------------------------
