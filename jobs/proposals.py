@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agent import edit
-from agent.researcher import Context, Researcher
+from agent.researcher import Context, Researcher, after
 from jobs import evidence, lab, materialise, names, plan
 from jobs.errors import UserError
 from jobs.journal import Journal
@@ -22,7 +22,7 @@ from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
 from jobs.records import Branch
 from jobs.repository import Repository
 
-NAP_S = 60.0  # before a researcher is asked again that names no readable time
+NAP_S = 60.0  # before a researcher is asked again that names no time
 AFTER_REFUSAL_S = 1.0
 GRACE_S = 1.5  # for researchers to return at the end: those that wait or read do so at once
 
@@ -210,8 +210,8 @@ class Proposals:
             wrong = self._refusal(asked, answer) if isinstance(answer, Proposal) else None
         except Exception as error:  # a researcher must not raise; no GPU may idle for it
             words = f"the researcher failed: {type(error).__name__}: {error}"[:500]
-            return Unavailable(words, _in(NAP_S), usage)
-        return Unavailable(f"refused: {wrong}", _in(AFTER_REFUSAL_S), usage) if wrong else answer
+            return Unavailable(words, after(NAP_S), usage)
+        return Unavailable(f"refused: {wrong}", after(AFTER_REFUSAL_S), usage) if wrong else answer
 
     def _refusal(self, asked: Asked, proposal: Proposal) -> str | None:
         """The controller's own check, whoever proposed: the right base, allowed files, an edit."""
@@ -235,7 +235,7 @@ class Proposals:
         if answer.until is None and not asked.stands_in:
             self._exhausted.add(branch)
         else:  # an understudy at its end may find something once the history has grown
-            until = _moment(answer.until or _in(NAP_S))
+            until = datetime.fromisoformat(answer.until or after(NAP_S))
             self._not_before[branch, asked.stands_in] = until
         self._say(f"{branch}: no proposal now: {answer.reason}")
 
@@ -355,18 +355,6 @@ def _readable(kind: str) -> dict[str, str]:
 def _at_most(reserve: Usage) -> Usage:
     """What is booked where nobody knows what was spent."""
     return replace(reserve, estimated=bool(reserve.dollars))
-
-
-def _in(seconds: float) -> str:
-    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
-
-
-def _moment(until: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(until)
-    except ValueError:
-        return datetime.now(UTC) + timedelta(seconds=NAP_S)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _sha256(text: str) -> str:

@@ -93,7 +93,7 @@ class Runs:
             container.check_before_run(site)
         experiment, folder = state.experiment(run.run.experiment), self.folder(run)
         with effect("run.folder"):
-            _make(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             materialise.task(site, state, experiment, run.run, folder).save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
         place = place_of(state.branch(run.branch).settings)
@@ -251,12 +251,3 @@ class Runs:
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
         return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Paused(
-            f"the run folder {folder} cannot be made: {error.strerror}", "Mend that"
-        ) from None
