@@ -128,7 +128,7 @@ class Objects:
 
     def write_tree(self, entries: Mapping[str, Entry]) -> str:
         """Store a tree. Its id."""
-        rows = [(_bytes(name), entry) for name, entry in entries.items()]
+        rows = [(name.encode("utf-8", "surrogateescape"), entry) for name, entry in entries.items()]
         # git sorts a folder as if its name ended in a slash
         rows.sort(key=lambda row: row[0] + b"/" if row[1].mode == TREE else row[0])
         return self.write(
@@ -191,10 +191,6 @@ def _text(name: bytes | str) -> str:
     if isinstance(name, str):  # GitPython gives either, by its version
         return name
     return name.decode("utf-8", "surrogateescape")
-
-
-def _bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _write_durably(folder: Path, name: str, data: bytes) -> None:

@@ -6,7 +6,7 @@ from any prefix of the ledger gives what was decided then. A changed rule is a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,8 @@ def after(state: State, record: Record, seed: int) -> Retry | Crash | Park | Non
 
 def _fate(state: State, experiment: str, deaths: list[RunRecord]) -> Crash | Park | None:
     """The verdict on a series of deaths of one run; None: try once more."""
-    fit = [n for n in _distinct(r.node for r in deaths) if _ran_others(state, n, experiment)]
+    nodes = dict.fromkeys(r.node for r in deaths if r.node)
+    fit = [node for node in nodes if _ran_others(state, node, experiment)]
     if len(fit) >= 2:
         return Crash(f"died on {' and '.join(fit)}, where other experiments ran")
     last = deaths[-1]
@@ -81,10 +82,6 @@ def _tired(state: State, attempts: int) -> Park | None:
     if attempts >= limit:
         return Park(f"infrastructure killed {attempts} attempts, the last one: see its result")
     return None
-
-
-def _distinct(nodes: Iterable[str | None]) -> list[str]:
-    return list(dict.fromkeys(node for node in nodes if node))
 
 
 def _ran_others(state: State, node: str, experiment: str, since: int = -1) -> bool:

@@ -79,7 +79,7 @@ class Tables:
         for branch in (None, *state.branches):
             if branch in self._sizes and branch not in moved:
                 continue
-            path = self._path(branch)
+            path = (self.folder / "branches" / branch if branch else self.folder) / "results.tsv"
             if branch not in self._sizes or _size(path) != self._sizes[branch]:
                 _catch_up(path, state, branch)
             else:
@@ -91,9 +91,6 @@ class Tables:
         names = [*self._open, *(state.records[i].id for i in range(self._seen, len(state.records)))]
         new = [record for record in map(state.record, names) if is_settled(record)]
         return sorted(new, key=lambda r: _order(r.decided))
-
-    def _path(self, branch: str | None) -> Path:
-        return (self.folder / "branches" / branch if branch else self.folder) / "results.tsv"
 
 
 def write_tables(folder: Path, state: State) -> None:
