@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anthropic
@@ -43,6 +43,7 @@ class Failure:
     passing: bool  # worth trying again; else a person is needed
     retry_after: float | None = None  # seconds, as the server said
     sent: bool = True  # False: it certainly cost nothing
+    usage: Usage = field(default_factory=Usage)  # at most
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class Reply:
 def client(settings: Any, silence_s: float) -> Any:
     """The SDK's client, without its retries: they would honour a Retry-After of weeks.
 
-    Raises:
-        KeyUnusable: no key, or a key file that others can read.
+    Raises KeyUnusable: no key, or a key file that others can read.
     """
     if settings.provider == "bedrock":
         return anthropic.AnthropicBedrock(base_url=settings.base_url, max_retries=0)
@@ -76,7 +76,10 @@ def failure(error: BaseException) -> Failure:
     if not isinstance(error, anthropic.APIStatusError):
         cause = error.__cause__
         what = f"{type(error).__name__}: {cause or error}"[:300]
-        if isinstance(error, LOCAL) or isinstance(cause, LOCAL) or _is_of_the_sdk(error):
+        # The SDK's own, but not of an exchange with the API: no region, no key.
+        own = isinstance(error, anthropic.AnthropicError)
+        own = own and not isinstance(error, anthropic.APIError)
+        if isinstance(error, LOCAL) or isinstance(cause, LOCAL) or own:
             return Failure(f"the request cannot be sent from here ({what})", False, sent=False)
         refused = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
         return Failure(f"the connection broke ({what})", True, sent=not refused)
@@ -91,12 +94,6 @@ def failure(error: BaseException) -> Failure:
         wait = _seconds(error.response.headers.get("retry-after"))
         return Failure(f"the API is not available ({said})", True, wait, sent)
     return Failure(f"the API refuses the request ({said})", False, sent=sent)
-
-
-def _is_of_the_sdk(error: BaseException) -> bool:
-    """Whether it is the SDK's own, but not of an exchange with the API (no region, no key)."""
-    own = isinstance(error, anthropic.AnthropicError)
-    return own and not isinstance(error, anthropic.APIError)
 
 
 def _seconds(header: str | None) -> float | None:
@@ -145,8 +142,8 @@ class Model:
             if began > deadline:
                 raise Stopped("the proposal took longer than agent.deadline", after(1))
             afford(request)
-            outcome, spent = self._once(request, stop, deadline)
-            spend(spent)
+            outcome = self._once(request, stop, deadline)
+            spend(outcome.usage)
             if isinstance(outcome, Reply):
                 self._failing_since = None
                 return outcome
@@ -174,23 +171,22 @@ class Model:
 
     def _once(
         self, request: Mapping[str, Any], stop: threading.Event, deadline: float
-    ) -> tuple[Reply | Failure, Usage]:
+    ) -> Reply | Failure:
         try:
             with self._lock:
                 self._client = self._client or client(self.settings, self._silence_s)
         except (ValueError, ImportError, anthropic.AnthropicError) as error:  # no key, no region
-            return Failure(str(error), passing=False), Usage()
+            return Failure(str(error), passing=False)
         call = _Call(self._client, request)
         call.start()
         while not call.done.wait(0.05) and not stop.is_set() and time.monotonic() < deadline:
             pass
         if call.message is not None:
-            spent = money.usage(self.price, call.message.usage)
-            return Reply(call.message, spent), spent
+            return Reply(call.message, money.usage(self.price, call.message.usage))
         failed = failure(call.error or TimeoutError("abandoned before the reply was complete"))
         secrets = [getattr(call.client, name, None) or "" for name in ("api_key", "auth_token")]
-        failed = replace(failed, reason=keys.scrub(failed.reason, *secrets))
-        return failed, self._at_most(request, call, failed)
+        reason = keys.scrub(failed.reason, *secrets)
+        return replace(failed, reason=reason, usage=self._at_most(request, call, failed))
 
     def _at_most(self, request: Mapping[str, Any], call: _Call, failed: Failure) -> Usage:
         """The upper bound of a reply that broke off: what was streamed is not all that was made."""

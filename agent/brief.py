@@ -21,6 +21,7 @@ LAST, CHAIN, NEAR, GROUPS, FLIGHT, BRANCHES, NOTES = 20, 14, 8, 8, 12, 6, 5
 LOOKED_AT = 400  # newest experiments in which near misses and failures are sought
 LONGEST = 160  # characters of one description
 LONGEST_DIFF = 1500  # of another branch's keep
+MODEL = "model"  # the tag of what a language model proposed
 RULES = """\
 You are the researcher of an automatic experiment loop. Each conversation has one purpose: to \
 submit one experiment, that is one edited program with a hypothesis. A controller commits it, \
@@ -206,17 +207,13 @@ def _in_flight(state: State) -> Iterator[str]:
 
 def _others(state: State, branch: str, context: Context) -> Iterator[str]:
     others = [found for name, found in state.branches.items() if name != branch]
-    others.sort(key=lambda found: (-_newest_win(found), found.name))
+    wins = {found.name: found.kept_ids[-1] for found in others if found.kept > 1}
+    others.sort(key=lambda found: (-int(wins.get(found.name, "e0")[1:]), found.name))
     for found in others[:BRANCHES]:
         yield f"{one_line(found.name, 64)}: best {_number(found.best_metric)}, {found.kept} kept"
         for name in found.kept_ids[1:][-2:]:
             yield f"  {_line(state.record(name))}"
             yield cut(context.records.diff(name), LONGEST_DIFF)
-
-
-def _newest_win(found: Branch) -> int:
-    """Number of the experiment; a baseline is none."""
-    return int(found.kept_ids[-1][1:]) if found.kept > 1 else 0
 
 
 def _escalation(since_keep: int) -> Iterator[str]:
@@ -243,6 +240,27 @@ def _repair(fix: str, state: State, context: Context) -> Iterator[str]:
         f"{cut(context.records.diff(fix), 8000)}\n\nThe last lines of its log:\n"
         f"{cut(context.records.log(fix, 50), 6000)}"
     )
+
+
+def crashed(state: State, branch: str, base: str, attempts: int) -> str | None:
+    """The newest crash of a model's idea on `base` that may go back to its author, or None.
+
+    A repair carries the tag "repair:<experiment>"; a chain of them is `attempts` long at most.
+    """
+    recent = state.recent(12, branch)
+    repairs = {tag.removeprefix("repair:"): r for r in recent for tag in r.tags if ":" in tag}
+    for record in reversed(recent):
+        ours = record.status == "crash" and record.verdict == "discard" and MODEL in record.tags
+        if ours and record.base == base and record.id not in repairs:
+            return record.id if _repaired(state, record) < attempts else None
+    return None
+
+
+def _repaired(state: State, record: Record) -> int:
+    for tag in record.tags:
+        if tag.startswith("repair:"):
+            return 1 + _repaired(state, state.record(tag.removeprefix("repair:")))
+    return 0
 
 
 def search(state: State, text: str, most: int = 20) -> str:

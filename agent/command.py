@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import brief, edit, keys, money, program, view
+from agent import brief, edit, keys, money, program
 from agent.researcher import Context, after
 from jobs.errors import UserError
 from jobs.history import add_usage
@@ -66,10 +66,9 @@ class Command:
         return Usage(dollars=LIMIT_DOLLARS) if self._settings.preset else Usage()
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
-        if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
-            reserve = self.reserve(state, branch)
-            until = money.until(state, branch, self._settings, self._caps, reserve)
-            return Unavailable(reason, until)
+        reserve = self.reserve(state, branch)
+        if capped := money.at_cap(state, branch, self._settings, self._caps, reserve):
+            return capped
         deadline, spent, trespasses = time.monotonic() + self._settings.deadline, Usage(), []
         refused: str | None = None
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as name:
@@ -127,7 +126,7 @@ class Command:
             description=one_line(str(told.get("description") or f"edit by {name}"), brief.LONGEST),
             researcher=f"command:{one_line(name, 40)}",
             hypothesis=one_line(str(told.get("hypothesis") or ""), 600),
-            tags=(view.MODEL, *words, *refused),
+            tags=(brief.MODEL, *words, *refused),
             usage=spent,
         )
 
@@ -144,10 +143,6 @@ class Command:
             *("--max-budget-usd", f"{dollars:.4f}", "--model", self._settings.model),
         ]
 
-    def _environment(self) -> dict[str, str]:
-        """The agent is the one child that may need a key: in its environment, never in its argv."""
-        return {**os.environ, **self._credentials()}
-
     def _credentials(self) -> dict[str, str]:
         if self._settings.preset and self._settings.key_file:
             return {keys.VARIABLES[0]: keys.load(self._settings.key_file)["api_key"]}
@@ -163,7 +158,8 @@ class Command:
             child = subprocess.Popen(
                 self._argv(context, dollars),
                 cwd=folder,
-                env=self._environment(),
+                # the one child that may need a key: in its environment, never in its argv
+                env={**os.environ, **self._credentials()},
                 stdin=given,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -238,8 +234,7 @@ def _fill(folder: Path, state: State, branch: str, context: Context) -> dict[str
 def _taken_back(folder: Path, context: Context) -> dict[str, str]:
     """The editable files that changed. Links are not followed: they could point anywhere.
 
-    Raises:
-        OSError, ValueError: a file is gone, no plain file, too large or no text.
+    Raises OSError, ValueError: a file is gone, no plain file, too large or no text.
     """
     changed = {}
     for path, before in context.files.items():

@@ -34,15 +34,14 @@ class Constant:
 def find(source: str, scale: str | None = None) -> dict[str, Constant]:
     """The constants of `source` by name, in the order in which they are written.
 
-    Where the module has one literal block per scale (`{"cpu": dict(depth=2, ...), ...}`) these
-    are the active scale's block alone, else all numbers that are assigned at the top level.
-    `2**19` counts as a number; elements of tuples are `NAME[0]`.
-
-    Raises:
-        SyntaxError: `source` is not Python.
+    Where the module has one literal block per scale (`{"cpu": dict(depth=2, ...), ...}`) these are
+    the active scale's block alone, else all numbers that are assigned at the top level. `2**19`
+    counts as a number; elements of tuples are `NAME[0]`. Raises SyntaxError: `source` is not
+    Python.
     """
     tree = ast.parse(source)
-    offsets = _line_offsets(source)
+    # Byte offset of each line as the parser counts them: it breaks lines at newlines alone.
+    offsets = [0, *(end.end() for end in re.finditer(rb"\r\n|\r|\n", source.encode()))]
     nodes = [pair for block in _blocks(tree, scale) for pair in block]
     if not nodes:
         nodes = list(_assigned(tree.body))
@@ -66,8 +65,7 @@ def values(source: str, scale: str | None = None) -> dict[str, Number]:
 def replace(source: str, changes: Mapping[str, Number], scale: str | None = None) -> str:
     """`source` with new numbers in place of the named constants; all other bytes as they were.
 
-    Raises:
-        KeyError: no such constant (the message lists those there are).
+    Raises KeyError: no such constant (the message lists those there are).
     """
     found = find(source, scale)
     absent = [name for name in changes if name not in found]
@@ -92,29 +90,22 @@ def pieces(source: str, scale: str | None = None) -> dict[str, str]:
     """The program cut into named pieces: name -> normalised source, for "what was changed?".
 
     Functions, classes and top-level assignments go by their names, entries of the active scale's
-    block by theirs, all imports are "imports", everything else at the top level is "script".
-
-    Raises:
-        SyntaxError: `source` is not Python.
+    block by theirs, all imports are "imports", everything else at the top level is "script". Raises
+    SyntaxError: `source` is not Python.
     """
     tree = ast.parse(source)
     found: dict[str, list[str]] = {}
     for block in _blocks(tree, scale):
         for name, node in block:
             found[name] = [ast.dump(node)]
-            _blank(node)
+            for field in node._fields:  # forgotten, since it is counted by its own name
+                setattr(node, field, None)
     for number, statement in enumerate(tree.body):
         name = _name(statement)
         if name == "script" and number == 0 and isinstance(statement, ast.Expr):
             continue  # the docstring
         found.setdefault(name, []).append(ast.dump(statement))
     return {name: "\n".join(dumps) for name, dumps in found.items()}
-
-
-def _blank(node: ast.expr) -> None:
-    """Forgets an expression that was counted by its own name."""
-    for field in node._fields:
-        setattr(node, field, None)
 
 
 def _name(statement: ast.stmt) -> str:
@@ -126,26 +117,16 @@ def _name(statement: ast.stmt) -> str:
     return names[0] if names else "script"
 
 
-def _line_offsets(source: str) -> list[int]:
-    """Byte offset of each line as the parser counts them: it breaks lines at newlines alone."""
-    return [0, *(end.end() for end in re.finditer(rb"\r\n|\r|\n", source.encode()))]
-
-
 Block = list[tuple[str, ast.expr]]
 
 
 def _blocks(tree: ast.Module, scale: str | None) -> Iterator[Block]:
-    """The active scale's blocks, as (name, expression) pairs."""
+    """The active scale's items of each `{"cpu": {...}, "h100": Settings(...)}`, `dict(cpu=...)`."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
-            yield from _keyed(statement.value, scale)
-
-
-def _keyed(value: ast.expr, scale: str | None) -> Iterator[Block]:
-    """Of `{"cpu": {...}, "h100": Settings(...)}` or `dict(cpu=...)` the active entry's items."""
-    for key, item in _items(value):
-        if key == scale and isinstance(item, ast.Dict | ast.Call):
-            yield list(_items(item))
+            for key, item in _items(statement.value):
+                if key == scale and isinstance(item, ast.Dict | ast.Call):
+                    yield list(_items(item))
 
 
 def _items(node: ast.expr) -> Iterator[tuple[str, ast.expr]]:

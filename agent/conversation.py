@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from agent import brief, money, program, view
+from agent import brief, money, program
 from agent.api import Model, Stopped
 from agent.researcher import Context, after
 from agent.workbench import TOOLS, Refused, Submitted, Workbench
@@ -42,8 +42,7 @@ class Anthropic:
     def __init__(self, settings: Any, campaign_caps: Any = None, model: Model | None = None):
         """`campaign_caps`: dollars and tokens for all branches together; None: no such cap.
 
-        Raises:
-            UserError: no price is known for the model.
+        Raises UserError: no price is known for the model.
         """
         self._settings, self._caps = settings, campaign_caps
         self._model = model or Model(settings)
@@ -54,10 +53,9 @@ class Anthropic:
         return money.proposal(self._settings)
 
     def propose(self, state: State, branch: str, context: Context) -> Proposal | Unavailable:
-        if reason := money.over_cap(state, branch, self._settings.caps, self._caps):
-            reserve = self.reserve(state, branch)
-            until = money.until(state, branch, self._settings, self._caps, reserve)
-            return Unavailable(reason, until)
+        reserve = self.reserve(state, branch)
+        if capped := money.at_cap(state, branch, self._settings, self._caps, reserve):
+            return capped
         with self._repairing(state, branch, context) as fix:
             talk = _Conversation(self._model, self._settings, state, branch, context, fix)
             try:
@@ -74,7 +72,7 @@ class Anthropic:
                 researcher=f"anthropic:{self._settings.model}",
                 hypothesis=submitted.hypothesis,
                 tags=(
-                    view.MODEL,
+                    brief.MODEL,
                     *submitted.tags,
                     *([f"repair:{fix}"] if fix else []),
                     *(f"refused:{path}" for path in list(trespasses)[:3]),
@@ -85,7 +83,7 @@ class Anthropic:
     @contextmanager
     def _repairing(self, state: State, branch: str, context: Context) -> Iterator[str | None]:
         """A crash to mend that no other slot mends at the same time."""
-        found = view.crashed(state, branch, context.base, self._settings.fix_attempts)
+        found = brief.crashed(state, branch, context.base, self._settings.fix_attempts)
         with self._lock:
             found = None if found in self._claimed else found
             if found:
@@ -121,8 +119,7 @@ class _Conversation:
     def hold(self) -> Submitted:
         """Talks until something is submitted.
 
-        Raises:
-            Stopped: it came to nothing; ProgramError: program.md cannot be read.
+        Raises Stopped: it came to nothing; ProgramError: program.md cannot be read.
         """
         system = [{"type": "text", "text": text} for text in brief.system(self._context)]
         for block in system:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import symtable
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -61,7 +61,6 @@ class Edit:
     scale: str = ""
     known: Mapping[str, str] = field(default_factory=dict)  # fingerprint -> experiment
     limits: program.Limits = field(default_factory=program.Limits)
-    imports: frozenset[str] = frozenset()  # beyond IMPORTS
 
     @property
     def changed(self) -> list[str]:
@@ -76,14 +75,13 @@ class Edit:
 Rule = Callable[[Edit], Iterator[str]]
 
 
-def of(context: Context, files: Mapping[str, str], imports: Iterable[str] = ()) -> Edit:
+def of(context: Context, files: Mapping[str, str]) -> Edit:
     """`files` as an edit of what `context` shows.
 
-    Raises:
-        ProgramError: the front matter of program.md cannot be read.
+    Raises ProgramError: the front matter of program.md cannot be read.
     """
     limits = program.limits(context.program)
-    return Edit(context.files, files, context.scale, context.known, limits, frozenset(imports))
+    return Edit(context.files, files, context.scale, context.known, limits)
 
 
 def refusal(edit: Edit) -> str | None:
@@ -181,7 +179,7 @@ def _parses(edit: Edit) -> Iterator[str]:
 
 
 def _imports_what_is_there(edit: Edit) -> Iterator[str]:
-    allowed = IMPORTS | edit.imports | {PurePosixPath(path).stem for path in edit.old}
+    allowed = IMPORTS | {PurePosixPath(path).stem for path in edit.old}
     for path in edit.changed:
         before = {module for module, _ in _imported(edit.old[path])}
         for module, line in _imported(edit.new[path]):

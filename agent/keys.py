@@ -40,8 +40,7 @@ def found(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 def load(key_file: str | None, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The credentials as the SDK's arguments: api_key or auth_token.
 
-    Raises:
-        KeyUnusable: there is none, or its file may be read by others.
+    Raises KeyUnusable: there is none, or its file may be read by others.
     """
     if key_file:
         path = Path(key_file).expanduser()

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from agent.researcher import after
 from jobs.errors import UserError
 from jobs.history import add_usage
-from jobs.model import Usage
+from jobs.model import Unavailable, Usage
+from jobs.settings import Prices
 
 if TYPE_CHECKING:
     from jobs.history import State
 
 
-class Price(NamedTuple):
-    """Dollars per million tokens. Thinking is output; `cache_write` is for an hour's life."""
-
-    input: float
-    output: float
-    cache_write: float
-    cache_read: float
-
-
-# As published in November 2026; agent.prices adds to it and overrides it.
-PRICES: Mapping[str, Price] = {
-    "claude-opus-5-5": Price(4.0, 20.0, 8.0, 0.2),
-    "claude-opus-5": Price(5.0, 25.0, 10.0, 0.5),
-    "claude-sonnet-5-5": Price(2.0, 10.0, 4.0, 0.1),
-    "claude-haiku-5-5": Price(0.1, 0.5, 0.2, 0.01),  # up to 100,000 tokens of input
+# As published in November 2026, where thinking is output and `cache_write` is for an hour's life;
+# agent.prices adds to it and overrides it.
+PRICES: Mapping[str, Prices] = {
+    "claude-opus-5-5": Prices(4.0, 20.0, 8.0, 0.2),
+    "claude-opus-5": Prices(5.0, 25.0, 10.0, 0.5),
+    "claude-sonnet-5-5": Prices(2.0, 10.0, 4.0, 0.1),
+    "claude-haiku-5-5": Prices(0.1, 0.5, 0.2, 0.01),  # up to 100,000 tokens of input
 }
 LARGEST_REQUEST = 300_000  # bytes, about 100,000 tokens, to which one conversation may grow
 AT_CAP_S = 60.0
@@ -37,15 +30,14 @@ PROPOSAL_CALLS = 4  # of the largest size: every third of 24 calls may break off
 PROPOSAL_TOKENS = 1_000_000  # all replies of one proposal together
 
 
-def price(settings: Any) -> Price:
+def price(settings: Any) -> Prices:
     """The price of the configured model.
 
-    Raises:
-        UserError: the model is in neither table (the message says what to set).
+    Raises UserError: the model is in neither table (the message says what to set).
     """
-    given = settings.prices.get(settings.model)
+    given: Prices | None = settings.prices.get(settings.model)
     if given is not None:
-        return Price(given.input, given.output, given.cache_write, given.cache_read)
+        return given
     name = settings.model.rpartition("anthropic.")[2].partition("@")[0]  # Bedrock's and Vertex's
     if name not in PRICES:
         raise UserError(
@@ -55,7 +47,7 @@ def price(settings: Any) -> Price:
     return PRICES[name]
 
 
-def usage(price: Price, told: Any, *, output: int | None = None) -> Usage:
+def usage(price: Prices, told: Any, *, output: int | None = None) -> Usage:
     """A reply's usage as the API `told` it. `output`: in its place, for a reply that broke off."""
     details = getattr(told, "output_tokens_details", None)
     booked = cost(
@@ -70,7 +62,7 @@ def usage(price: Price, told: Any, *, output: int | None = None) -> Usage:
 
 
 def cost(
-    price: Price,
+    price: Prices,
     fresh: int = 0,
     output: int = 0,
     write: int = 0,
@@ -87,7 +79,7 @@ def cost(
     return Usage(fresh, output, write, read, dollars, estimated)
 
 
-def bound(price: Price, request_bytes: int, max_tokens: int) -> Usage:
+def bound(price: Prices, request_bytes: int, max_tokens: int) -> Usage:
     """The most that one call can cost: two bytes to a token, all of it written to the cache."""
     return cost(price, output=max_tokens, write=request_bytes // 2 + 1000, estimated=True)
 
@@ -131,11 +123,16 @@ def _exceeded(*capped: tuple[Any, Usage]) -> str | None:
     return None
 
 
-def until(state: State, branch: str, settings: Any, campaign: Any, reserve: Usage) -> str | None:
-    """When to ask again at a cap: what is in flight may cost less than its reserve.
+def at_cap(
+    state: State, branch: str, settings: Any, campaign: Any, reserve: Usage
+) -> Unavailable | None:
+    """No proposal now, where `over_cap` says so; what is in flight may cost less than its reserve.
 
-    None (never) where the branch is to end there, and money spent leaves no room as it is.
+    No proposal any more where the branch is to end there, and money spent leaves no room as it is.
     """
+    reason = over_cap(state, branch, settings.caps, campaign)
+    if reason is None:
+        return None
     own = add_usage(state.branch(branch).spent, reserve)
     spent = _exceeded((settings.caps, own), (campaign, add_usage(state.spent, reserve)))
-    return None if settings.at_cap == "end" and spent else after(AT_CAP_S)
+    return Unavailable(reason, None if settings.at_cap == "end" and spent else after(AT_CAP_S))

@@ -40,8 +40,7 @@ def split(text: str) -> tuple[str, str]:
 def limits(text: str) -> Limits:
     """The limits in a program.md.
 
-    Raises:
-        ProgramError: no YAML, an unknown key (the nearest is named), a value of the wrong kind.
+    Raises ProgramError: no YAML, an unknown key (the nearest is named), a value of the wrong kind.
     """
     try:
         data = yaml.safe_load(split(text)[0]) or {}

@@ -37,26 +37,6 @@ class Records(Protocol):
         ...
 
 
-class NoRecords:
-    """Records of a campaign that has none (tests, `--dry-run`)."""
-
-    def files(self, experiment: str) -> Mapping[str, str]:
-        return {}
-
-    def diff(self, experiment: str) -> str:
-        return ""
-
-    def log(self, experiment: str, lines: int) -> str:
-        return ""
-
-    def telemetry(self, experiment: str, lines: int) -> str:
-        return ""
-
-
-def _say_nothing(line: str) -> None:
-    """The default of `Context.say`."""
-
-
 @dataclass(frozen=True)
 class Context:
     """What a researcher may look at besides the folded ledger. Immutable but for `stop`."""
@@ -67,6 +47,7 @@ class Context:
     scale: str  # the active scale: "cpu", "small", "h100"
     seed: int  # of the campaign's search (never of a run)
     number: int  # how many proposals this branch has had, this one not counted
+    records: Records
     metric: str = "val_bpb"
     direction: str = "lower"  # "lower" or "higher" is better
     readable: Mapping[str, str] = field(
@@ -75,9 +56,8 @@ class Context:
     known: Mapping[str, str] = field(
         default_factory=dict
     )  # edit.fingerprint -> experiment that was it
-    records: Records = field(default_factory=NoRecords)
     stop: threading.Event = field(default_factory=threading.Event)  # set: return within 2 s
-    say: Callable[[str], None] = _say_nothing  # what it waits for; on the researcher's own thread
+    say: Callable[[str], None] = lambda line: None  # what it waits for; on its own thread
 
 
 class Researcher(Protocol):

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from agent import constants, edit, program, view
+from agent import constants, edit, program
 from agent.constants import Number
 from agent.researcher import Context, after
 from jobs.model import Proposal, Unavailable, Usage
 
 if TYPE_CHECKING:
     from jobs.history import State
+    from jobs.records import Record
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -165,7 +166,7 @@ class Sweep:
 
     def _shipped(self, state: State, branch: str, context: Context) -> Mapping[Key, Number]:
         """The branch's baseline: ranges centred there stay put while the head moves."""
-        baseline = view.baseline(state, branch)
+        baseline = state.branches[branch].baseline
         vector = self._vector_of(baseline, context) if baseline else {}
         return vector or _vector(context.files, context.scale)
 
@@ -183,10 +184,10 @@ class Sweep:
             sampler=_sampler(self._sampler, _seed(context.seed, context.number)),
             direction="minimize" if context.direction == "lower" else "maximize",
         )
-        for trial in remembered(view.trials(state, branch), context.direction):
-            vector = self._vector_of(trial.id, context)
+        for record in remembered(state.experiments(branch), context.direction):
+            vector = self._vector_of(record.id, context)
             known = {key: ranges[key] for key in ranges if key in vector}
-            study.add_trial(_as_optuna(trial, vector, known))
+            study.add_trial(_as_optuna(record, vector, known))
         return study
 
     def _proposal(
@@ -227,16 +228,21 @@ def _draw(
     return {key: value for key, value in changes.items() if value != here[key]}
 
 
-def remembered(trials: Iterable[view.Trial], direction: str) -> list[view.Trial]:
-    """The best and the newest trials, oldest first, at most REMEMBERED."""
-    every = list(trials)
+def remembered(records: Iterable[Record], direction: str) -> list[Record]:
+    """The best and the newest experiments, oldest first, at most REMEMBERED."""
+    every = list(records)
     if len(every) <= REMEMBERED:
         return every
     sign = 1 if direction == "lower" else -1
-    scored = [trial for trial in every if trial.metric is not None]
-    best = sorted(scored, key=lambda trial: sign * (trial.metric or 0.0))[: REMEMBERED // 3]
-    kept = {trial.id for trial in best} | {trial.id for trial in every[-REMEMBERED * 2 // 3 :]}
-    return [trial for trial in every if trial.id in kept]
+    scored = [record for record in every if _score(record) is not None]
+    best = sorted(scored, key=lambda record: sign * (record.metric or 0.0))[: REMEMBERED // 3]
+    kept = {record.id for record in best} | {r.id for r in every[-REMEMBERED * 2 // 3 :]}
+    return [record for record in every if record.id in kept]
+
+
+def _score(record: Record) -> float | None:
+    """None: it did not end well, or has not ended."""
+    return record.metric if record.status == "ok" else None
 
 
 def chosen(keys: list[Key], seed: int, turn: int, number: int) -> list[Key]:
@@ -275,11 +281,11 @@ def _apply(files: Mapping[str, str], changes: Mapping[Key, Number], scale: str) 
 
 
 def _as_optuna(
-    trial: view.Trial, vector: Mapping[Key, Number], ranges: Mapping[Key, Range]
+    record: Record, vector: Mapping[Key, Number], ranges: Mapping[Key, Range]
 ) -> optuna.trial.FrozenTrial:
-    if trial.metric is not None:
+    if _score(record) is not None:
         outcome = optuna.trial.TrialState.COMPLETE
-    elif trial.running:
+    elif record.verdict in (None, "measure"):
         outcome = optuna.trial.TrialState.RUNNING
     else:
         outcome = optuna.trial.TrialState.PRUNED
@@ -289,7 +295,7 @@ def _as_optuna(
         params[_label(key)] = int(place) if found.form in ("integer", "power") else place
     return optuna.trial.create_trial(
         state=outcome,
-        value=trial.metric,
+        value=_score(record),
         params=params,
         distributions={_label(key): found.distribution for key, found in ranges.items()},
     )

@@ -85,11 +85,7 @@ class Workbench:
         self.submitted: Submitted | None = None
 
     def use(self, tool: str, given: Any) -> str:
-        """The answer to one tool call.
-
-        Raises:
-            Refused: with what is wrong with the call.
-        """
+        """The answer to one tool call. Raises Refused: with what is wrong with the call."""
         if not isinstance(given, dict):
             raise Refused("the input must be an object")
         if tool == EDITOR:

@@ -242,6 +242,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _load(record: Path) -> Image:
     try:
         image = model.from_json(Image, _read(record))
-    except (KeyError, TypeError) as error:
+    except TypeError as error:
         raise ImageError(f"The image store's record {record} is not one: {error}") from None
     return dataclasses.replace(image, path=str(record.parent.resolve() / image.path))

@@ -71,8 +71,7 @@ grep -E '"(status|value|reason)"' "$out/result.json"
 def make(clone: Clone, record: Record, target: Path) -> Path:
     """Write the folder `target`: program, frozen files, records, run.sh. Returns it.
 
-    Raises:
-        UserError: the folder exists; the frozen files here are not those of the campaign.
+    Raises UserError: the folder exists; the frozen files here are not those of the campaign.
     """
     from containers import seal
 

@@ -29,8 +29,7 @@ def folder(config: Config, root: Path) -> Path:
 def read(campaign_dir: Path) -> State:
     """The state of a campaign, for looking only; writes nothing.
 
-    Raises:
-        UserError: there is no such campaign.
+    Raises UserError: there is no such campaign.
     """
     try:
         return snapshot.open_history(campaign_dir)[0]
@@ -44,8 +43,7 @@ def read(campaign_dir: Path) -> State:
 def site(config: Config, root: Path) -> materialise.Site:
     """The facts of this campaign's runs, hashed now.
 
-    Raises:
-        UserError: data or image are missing, with the command that makes them.
+    Raises UserError: data or image are missing, with the command that makes them.
     """
     from containers.seal import evaluator_sha256
 
@@ -77,8 +75,7 @@ def records(common: materialise.Site) -> dict[str, bytes]:
 def manifest(config: Config) -> bytes:
     """manifest.json of prepared data, all of whose files are there in their full size.
 
-    Raises:
-        UserError: they are not.
+    Raises UserError: they are not.
     """
     data, wanted = data_folder(config), f"corpus {config.data.corpus}, scale {config.data.scale}"
     try:
@@ -111,8 +108,7 @@ def data_folder(config: Config) -> Path:
 def check(config: Config, root: Path) -> list[str]:
     """What keeps branches of a new campaign from beginning, a line each; the others go on.
 
-    Raises:
-        UserError: no branch could begin. Nothing was written.
+    Raises UserError: no branch could begin. Nothing was written.
     """
     repository, problems = Repository(root), []
     _require_program(repository, config, repository.start("HEAD"))
@@ -259,8 +255,7 @@ def new_branch(
 ) -> dict[str, Any]:
     """What is recorded of a branch that is added to a campaign.
 
-    Raises:
-        UserError: it exists, a setting is wrong, or nothing can start where it is to start.
+    Raises UserError: it exists, a setting is wrong, or nothing can start where it is to start.
     """
     names.check_name("branch", name)
     if name in state.branches:

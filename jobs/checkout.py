@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jobs.errors import UserError
@@ -37,12 +37,16 @@ def materialise(objects: Objects, files: Mapping[str, Entry], folder: Path) -> N
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder that `materialise` made, if it is there."""
-    if not folder.exists():
-        return
-    for path, _, _ in os.walk(folder):
-        os.chmod(path, 0o700)
-    shutil.rmtree(folder)
+    """rmtree that also takes read-only folders, as `materialise` makes them; none is fine, too."""
+
+    def retry(function: Callable[[str], object], path: str, error: object) -> None:
+        os.chmod(os.path.dirname(path), 0o700)
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.chmod(path, 0o700)
+        function(path)
+
+    if folder.exists():
+        shutil.rmtree(folder, onerror=retry)
 
 
 def _write(objects: Objects, files: Mapping[str, Entry], folder: Path) -> None:

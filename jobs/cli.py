@@ -67,21 +67,12 @@ def init(arguments: argparse.Namespace) -> int:
 def _champion(campaign_dir: Path) -> str:
     """The editable file at the best head of a campaign."""
     from jobs import campaign
-    from jobs.history import better
     from jobs.repository import Repository
 
     state = campaign.read(campaign_dir)
-    best = None
-    for branch in state.branches.values():
-        record = state.best(branch.name)
-        if (
-            record
-            and record.metric is not None
-            and (
-                best is None or better(record.metric, best.metric, state.direction)  # type: ignore[arg-type]
-            )
-        ):
-            best = record
+    kept = [r for r in map(state.best, state.branches) if r and r.metric is not None]
+    pick = max if state.direction == "maximise" else min
+    best = pick(kept, key=lambda r: r.metric or 0.0, default=None)
     if best is None:
         raise UserError(f"the campaign in {campaign_dir} has kept nothing yet")
     if state.config["task"]["kind"] == "general":
@@ -362,7 +353,7 @@ def push(arguments: argparse.Namespace) -> int:
 
 @command
 def fetch(arguments: argparse.Namespace) -> int:
-    from jobs import campaign, mirror, report
+    from jobs import campaign, mirror, tables
     from jobs.repository import Repository
 
     config = _config(arguments)
@@ -371,7 +362,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
     campaign.restore(config, _root(arguments))
     state, directory = _state(arguments)
-    report.write_tables(directory, state)
+    tables.write_tables(directory, state)
     print(f"{config.campaign}: {len(state.records)} experiments, in {directory}")
     return 0
 
@@ -454,10 +445,6 @@ def image(arguments: argparse.Namespace) -> int:
 
 
 # -- finding things -------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _config(arguments: argparse.Namespace) -> Any:

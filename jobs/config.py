@@ -42,11 +42,9 @@ def parse(
     """The settings that `data` (the content of a campaign.yaml, {} for all defaults) gives.
 
     A branch's `agent` is completed by the campaign's; `executor` by `site:`, a mapping or the path
-    of a YAML file that several campaigns share. `agent.kind: auto` is resolved by the key
-    in `environ` (None: this process's).
-
-    Raises:
-        ConfigError: with every wrong value, its path and what is allowed.
+    of a YAML file that several campaigns share. `agent.kind: auto` is resolved by the key in
+    `environ` (None: this process's). Raises ConfigError: with every wrong value, its path and what
+    is allowed.
     """
     data = _inherit({k: {} if v is None else v for k, v in data.items()}, name)
     try:
@@ -139,8 +137,7 @@ def _inherit(data: dict[str, Any], name: str) -> dict[str, Any]:
 def _site(site: Any, name: str) -> dict[str, Any]:
     """What `site:` of the file `name` holds or names; its errors name the file they are in.
 
-    Raises:
-        ConfigError, UserError: as `load`.
+    Raises ConfigError, UserError: as `load`.
     """
     place, path = name, "site."
     if isinstance(site, str):

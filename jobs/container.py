@@ -51,8 +51,7 @@ def contained(site: Site, by: str | None = None) -> Site:
 def check_before_run(site: Site) -> None:
     """Size and time of the site's image, as cheap as a stat; in doubt its bytes.
 
-    Raises:
-        Paused: it is missing or changed, with both digests.
+    Raises Paused: it is missing or changed, with both digests.
     """
     try:
         images.check_quick(site.image)

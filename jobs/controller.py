@@ -22,11 +22,11 @@ from jobs import campaign, disk, inbox, materialise, mirror, names, plan, policy
 from jobs.campaign import Open
 from jobs.effects import effect
 from jobs.errors import AutoresearchError, Displaced, Paused, UserError, refusals_told
-from jobs.history import Branch, OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
 from jobs.plan import Wanted
 from jobs.proposals import Proposals
+from jobs.records import Branch, OpenRun
 from jobs.repository import BranchInUse, RefMoved
 from jobs.runs import Runs
 from jobs.settings import Config

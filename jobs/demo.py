@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -36,8 +35,7 @@ def run(
 ) -> int:
     """Make the lab (or find it again), prepare the data, run the campaign, say what came of it.
 
-    Raises:
-        UserError: the folder holds something that is no demonstration.
+    Raises UserError: the folder holds something that is no demonstration.
     """
     begun = time.monotonic()
     folder = (
@@ -75,35 +73,27 @@ def run(
 
 def summary(state: State) -> list[str]:
     """The closing reruns in words: first against best on fresh seeds, gain or none."""
-    baseline, best = state.branch("main").baseline, state.best("main")
-    if baseline is None or best is None:
+    branch, best = state.branch("main"), state.best("main")
+    if branch.baseline is None or best is None:
         return ["nothing was scored: `autoresearch log` says why"]
-    first = state.record(baseline)
-    scores = {r.id: report.confirmed(r) for r in (first, best)}
-    if not all(scores.values()):
+    first, again = state.record(branch.baseline), report.closing(state, branch)
+    if again is None:
         return [f"first {first.id} and best {best.id} were not run again: it was stopped before"]
     if best.id == first.id:
-        mean = statistics.fmean(scores[first.id])
+        mean = statistics.fmean(again.first)
         return [f"nothing better than the first was found; on fresh seeds it has {mean:.4f}"]
-    lines = [f"on fresh seeds ({len(scores[first.id])} each):"]
-    for name, record in (("first", first), ("best", best)):
-        lines.append(
-            f"  {name:5s} {record.id}  {_spread(scores[record.id])}   {record.description}"
-        )
-    gain = statistics.fmean(scores[first.id]) - statistics.fmean(scores[best.id])
-    noise = _standard_error(*scores.values())
+    lines = [f"on fresh seeds ({len(again.first)} each):"]
+    for name, record, scores in (("first", first, again.first), ("best", best, again.best)):
+        lines.append(f"  {name:5s} {record.id}  {_spread(scores)}   {record.description}")
+    told = f"gain {again.gain:.4f} val_bpb"
+    if not again.real:
+        told = f"no gain beyond noise: {again.gain:+.4f} +- {again.noise:.4f}"
     claimed = (first.metric or 0.0) - (best.metric or 0.0)
-    if gain > 2 * noise:
-        lines.append(f"  gain {gain:.4f} val_bpb (the campaign's own seed said {claimed:.4f})")
-    else:
-        lines.append(
-            f"  no gain beyond noise: {gain:+.4f} +- {noise:.4f} "
-            f"(the campaign's own seed said {claimed:.4f})"
-        )
+    lines.append(f"  {told} (the campaign's own seed said {claimed:.4f})")
     reference = state.branches.get("reference")
     if reference is not None and reference.baseline is not None:
         shipped = report.confirmed(state.record(reference.baseline))
-        lines += _recovered(shipped, scores[first.id], scores[best.id]) if shipped else []
+        lines += _recovered(shipped, again.first, again.best) if shipped else []
     return lines
 
 
@@ -120,12 +110,6 @@ def _recovered(shipped: list[float], first: list[float], best: list[float]) -> l
 def _spread(values: list[float]) -> str:
     mean, sd = report.mean_sd(values)
     return f"{mean:.4f}" + ("" if sd is None else f" +- {sd:.4f}")
-
-
-def _standard_error(one: list[float], other: list[float]) -> float:
-    """Of the difference of two means; 0 where there is a single run of each."""
-    variance = sum(statistics.variance(v) / len(v) for v in (one, other) if len(v) > 1)
-    return math.sqrt(variance)
 
 
 def _settle(folder: Path, detuned: bool, experiments: int) -> None:
@@ -158,8 +142,7 @@ def _settle(folder: Path, detuned: bool, experiments: int) -> None:
 def worsened(train_py: str) -> str:
     """The program with the constants of DETUNED changed in the block of scale cpu.
 
-    Raises:
-        UserError: a constant is not there.
+    Raises UserError: a constant is not there.
     """
     from agent import constants
 

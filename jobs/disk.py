@@ -8,10 +8,10 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
-from jobs import payload
+from jobs import checkout, payload
 from jobs.errors import Paused
 
 WEIGHTS, SAMPLE = "model.safetensors", "sample.txt"
@@ -40,7 +40,7 @@ def tidy(run_dir: Path, keep: Path | None) -> None:
             (run_dir / CACHE).rename(cache)
             shutil.rmtree(old, ignore_errors=True)
     for name in (CACHE, "program", "scratch"):
-        _remove(run_dir / name)
+        checkout.remove(run_dir / name)
     for name in (WEIGHTS, SAMPLE):
         (run_dir / name).unlink(missing_ok=True)
 
@@ -49,20 +49,7 @@ def keep_only(branch_dir: Path, experiments: Collection[str | None]) -> None:
     """Drop the weights of a branch's other experiments than these."""
     for path in branch_dir.glob("e[0-9]*"):
         if path.name not in experiments:
-            _remove(path)
-
-
-def _remove(folder: Path) -> None:
-    """rmtree that also takes read-only folders, as snapshots are."""
-
-    def retry(function: Callable[[str], object], path: str, error: object) -> None:
-        os.chmod(os.path.dirname(path), 0o700)
-        if os.path.isdir(path) and not os.path.islink(path):
-            os.chmod(path, 0o700)
-        function(path)
-
-    if folder.exists():
-        shutil.rmtree(folder, onerror=retry)
+            checkout.remove(path)
 
 
 def parameters(run_dir: Path) -> int | None:
@@ -120,7 +107,7 @@ def sweep_jobs(campaign_dir: Path, open_folders: set[str]) -> None:
     for path, run in job_folders(campaign_dir, open_folders).items():
         told = (campaign_dir / "runs" / run / "result.json").exists()
         if told and time.time() - path.stat().st_mtime > JOB_OVER_S:
-            _remove(path)
+            checkout.remove(path)
 
 
 def size(path: Path) -> int:
@@ -133,6 +120,6 @@ def size(path: Path) -> int:
 def remove(path: Path) -> None:
     """Remove a file or a folder."""
     if path.is_dir() and not path.is_symlink():
-        _remove(path)
+        checkout.remove(path)
     else:
         path.unlink(missing_ok=True)

@@ -32,7 +32,6 @@ BOUNDARIES: tuple[str, ...] = (
     "git.branch",  # compare-and-swap of autoresearch/<campaign>/<branch>
     "git.notes",
     "git.pack",
-    "program.mark",  # an experiment's fingerprint, made once
     "run.snapshot",  # the commit's files put where the run finds them
     "run.folder",  # the run's folder and task.json
     "run.submit",
@@ -73,8 +72,7 @@ _LOCK = threading.Lock()  # the heartbeat crosses boundaries from its own thread
 class effect:
     """Context around one side effect; `name` is one of BOUNDARIES.
 
-    Raises:
-        ValueError: a name that is not in the registry.
+    Raises ValueError: a name that is not in the registry.
     """
 
     __slots__ = ("name",)

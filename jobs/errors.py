@@ -72,9 +72,9 @@ def refused(path: Path | str, act: str, error: OSError) -> Paused:
 
 
 @contextlib.contextmanager
-def refusals_told() -> Iterator[None]:
-    """Turns what the system refuses inside into Paused, in words."""
+def refusals_told(path: Path | str = "a file or a process", act: str = "used") -> Iterator[None]:
+    """Turns what the system refuses inside into Paused, in words; `path` where it names none."""
     try:
         yield
     except OSError as error:
-        raise refused(error.filename or "a file or a process", "used", error) from error
+        raise refused(error.filename or path, act, error) from error

@@ -7,6 +7,7 @@ read back from their ledger lines when somebody asks.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -26,21 +27,6 @@ from jobs.records import (
     Vector,
 )
 
-__all__ = [
-    "Branch",
-    "Event",
-    "NodeRun",
-    "OpenRun",
-    "Record",
-    "Request",
-    "RunRecord",
-    "State",
-    "add_usage",
-    "better",
-    "experiment_id",
-    "fold",
-]
-
 RECENT_RUNS = 20  # remembered per node: enough to judge it by, forgiving over a long campaign
 
 
@@ -59,9 +45,6 @@ class State:
     nodes: Mapping[str, tuple[NodeRun, ...]] = field(default_factory=dict)  # the last runs on each
     orders: frozenset[str] = frozenset()  # names of the inbox files recorded lately
     refused: str | None = None  # what came of the last order, where it could not be obeyed
-    spent: Usage = field(default_factory=Usage)  # settled; see `committed`
-    allocated_s: float = 0.0
-    training_s: float = 0.0
     parked_in_row: int = 0
     paused: Mapping[str, Any] | None = None  # {"reason", "remedy"} while the campaign is paused
     stopped: str | None = None  # the reason, after a clean stop
@@ -152,6 +135,20 @@ class State:
         return total
 
     @property
+    def spent(self) -> Usage:
+        """Money and tokens, settled; see `committed`."""
+        return functools.reduce(add_usage, (b.spent for b in self.branches.values()), Usage())
+
+    @property
+    def allocated_s(self) -> float:
+        """Seconds that places were held for runs."""
+        return sum(branch.allocated_s for branch in self.branches.values())
+
+    @property
+    def training_s(self) -> float:
+        return sum(branch.training_s for branch in self.branches.values())
+
+    @property
     def direction(self) -> str:
         """'minimise' or 'maximise'."""
         return direction_of(self.config)
@@ -220,8 +217,6 @@ class _Fold:
         self.in_flight = dict.fromkeys(state.in_flight)
         self.nodes = dict(state.nodes)
         self.orders, self.refused = set(state.orders), state.refused
-        self.spent = dict(vars(state.spent))
-        self.allocated_s, self.training_s = state.allocated_s, state.training_s
         self.parked_in_row = state.parked_in_row
         self.paused, self.stopped, self.night = state.paused, state.stopped, state.night
         self.fence, self.events, self.time = state.fence, state.events, state.time
@@ -253,11 +248,13 @@ class _Fold:
 
     def freeze(self) -> State:
         for name, changed in self.edited.items():
-            spent, kept = _usage(changed["spent"]), tuple(changed["kept_ids"])
+            spent = changed["spent"]
+            spent = Usage(**{**spent, "estimated": bool(spent["estimated"])})
+            kept = tuple(changed["kept_ids"])
             self.branches[name] = Branch(**{**changed, "spent": spent, "kept_ids": kept})
         values = {f.name: getattr(self, f.name) for f in fields(State)}
         values["in_flight"], values["orders"] = tuple(self.in_flight), frozenset(self.orders)
-        return State(**{**values, "spent": _usage(self.spent)})
+        return State(**values)
 
     def branch(self, name: str) -> dict[str, Any]:
         """The fields of a branch, to be changed: a new Branch for each event would cost half of
@@ -332,6 +329,7 @@ class _Fold:
             lines_removed=given.get("lines_removed", 0),
             time=event.get("time", ""),
             proposed=event.get("at", event),
+            fingerprint=event.get("fingerprint", ""),
         )
         self.records.push(record)
         self.in_flight[expected] = None
@@ -342,9 +340,9 @@ class _Fold:
     def _spend(self, branch: str, usage: Mapping[str, Any] | None) -> None:
         if not usage or not any(usage.values()):
             return
-        for total in (self.spent, self.branch(branch)["spent"]):
-            for name in total:
-                total[name] += usage.get(name, 0)
+        total = self.branch(branch)["spent"]
+        for name in total:
+            total[name] += usage.get(name, 0)
 
     def on_run_intended(self, event: Event) -> None:
         run = event["run"]
@@ -388,12 +386,8 @@ class _Fold:
             died = ended.status == "infrastructure"
             seen = (*self.nodes.get(ended.node, ()), NodeRun(record.id, died, ended.n))
             self.nodes[ended.node] = seen[-RECENT_RUNS:]
-        allocated = details.get("allocated_s") or result.get("total_s") or 0.0
-        training = result.get("training_s") or 0.0
-        branch["allocated_s"] += allocated
-        branch["training_s"] += training
-        self.allocated_s += allocated
-        self.training_s += training
+        branch["allocated_s"] += details.get("allocated_s") or result.get("total_s") or 0.0
+        branch["training_s"] += result.get("training_s") or 0.0
 
     def on_decided(self, event: Event) -> None:
         decision = event["decision"]
@@ -444,9 +438,6 @@ class _Fold:
         why = event.get("refused")
         self.refused = f"{event.get('order') or event['name']}: {why}" if why else None
 
-    def on_node_cleared(self, event: Event) -> None:
-        self.nodes.pop(event["node"], None)
-
     def _record(self, experiment: str) -> Record:
         record = self.records[int(experiment[1:]) - 1]
         if record.id != experiment:
@@ -455,10 +446,6 @@ class _Fold:
 
     def _store(self, record: Record) -> None:
         self.records.replace(int(record.id[1:]) - 1, record)
-
-
-def _usage(total: Mapping[str, Any]) -> Usage:
-    return Usage(**{**total, "estimated": bool(total["estimated"])})
 
 
 def _keep(branch: dict[str, Any], record: Record, direction: str) -> None:

@@ -25,8 +25,7 @@ IGNORED = """\
 def make(folder: Path, train_py: str | None = None) -> Path:
     """Make a lab of its own in `folder`: the shipped program, or the text given, committed.
 
-    Raises:
-        UserError: the folder holds something already.
+    Raises UserError: the folder holds something already.
     """
     from jobs import config
 

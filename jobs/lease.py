@@ -16,11 +16,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from jobs import process
 from jobs.effects import effect
-from jobs.errors import Displaced, LeaseHeld, Paused
+from jobs.errors import Displaced, LeaseHeld, Paused, refused
 from jobs.ledger import utc_now
 
 STALE_AFTER_S = 120.0
@@ -89,18 +88,17 @@ class Lease:
     def check(self) -> None:
         """Call before each append.
 
-        Raises:
-            Displaced: a higher number is held by another controller.
+        Raises Displaced: a higher number is held by another controller.
         """
         # The claim is asked for as well: a displaced holder's late heartbeat can hide a newer
         # lease.json until that one beats again.
         for path in (self.folder / "lease.json", _claim(self.folder, self.fence + 1)):
-            found = _load(path)
-            if found and found[0]["fence"] > self.fence:
+            found = _load(path, time.time())
+            if found and found.fence > self.fence:
                 raise Displaced(
                     f"This controller (process {self.process.pid} on {self.process.host}, writer "
-                    f"{self.fence}) was displaced by {_holder(path, *found, time.time())} (writer "
-                    f"{found[0]['fence']}). It stops without writing; the other one adopts its runs"
+                    f"{self.fence}) was displaced by {found} (writer "
+                    f"{found.fence}). It stops without writing; the other one adopts its runs"
                 )
 
     def beat(self, released: bool = False) -> None:
@@ -192,10 +190,7 @@ def acquire(folder: Path, stale_after_s: float = STALE_AFTER_S, above: int = 0) 
             if lease._take():
                 return lease
     except OSError as error:
-        raise Paused(
-            f"The lease of {folder} could not be taken: {error.strerror} ({error.filename})",
-            "Make the campaign's folder writable and its disk not full, then start again",
-        ) from error
+        raise refused(f"The lease of {folder}", "taken", error) from error
     raise LeaseHeld(f"Several controllers want {folder} at once; start just one of them")
 
 
@@ -223,18 +218,17 @@ def holder(folder: Path) -> Holder | None:
 
 def _holders(folder: Path, now: float) -> list[Holder]:
     """lease.json's and those of claims above it, by number."""
-    path = folder / "lease.json"
-    current = _load(path)
-    found = [_holder(path, *current, now)] if current else []
+    current = _load(folder / "lease.json", now)
+    found = [current] if current else []
     for path in sorted(folder.glob("lease-*.claim"), key=_number):
-        claim = _load(path)
+        claim = _load(path, now)
         if claim and _number(path) > (found[0].fence if found else 0):
-            found.append(_holder(path, *claim, now))
+            found.append(claim)
     return found
 
 
-def _load(path: Path) -> tuple[dict[str, Any], float] | None:
-    """Content and modification time of a lease file; None when absent."""
+def _load(path: Path, now: float) -> Holder | None:
+    """What a lease file says; None when absent."""
     try:
         with open(path) as file:  # open, then fstat: NFS revalidates a file when it is opened
             text, written = file.read(), os.fstat(file.fileno()).st_mtime
@@ -242,26 +236,14 @@ def _load(path: Path) -> tuple[dict[str, Any], float] | None:
         return None
     try:
         data = json.loads(text)
-        data["fence"] + 1
-        return data, written
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _holder(path: Path, data: dict[str, Any], written: float, now: float) -> Holder:
-    try:
         who = Process(*(data[key] for key in ("host", "boot_id", "pid", "start")))
         age_s = max(0.0, now - written)
-        return Holder(who, data["fence"], data["started"], data["released"], age_s)
-    except KeyError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> Paused:
-    return Paused(
-        f"{path} is no lease ({type(error).__name__}: {error})",
-        "Make sure that no controller of this campaign runs, then delete that file",
-    )
+        return Holder(who, int(data["fence"]), data["started"], data["released"], age_s)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Paused(
+            f"{path} is no lease ({type(error).__name__}: {error})",
+            "Make sure that no controller of this campaign runs, then delete that file",
+        ) from error
 
 
 def _server_now(folder: Path) -> float:

@@ -42,9 +42,7 @@ def read(path: Path, offset: int = 0, tail: Tail | None = None) -> Iterator[Even
     """The events from byte `offset` (the start of a line) on; `tail` is filled in while reading.
 
     A last line without its newline is what a killed writer leaves: not an event, never an error.
-
-    Raises:
-        LedgerBroken: any other line that is no event, by its number.
+    Raises LedgerBroken: any other line that is no event, by its number.
     """
     tail = tail if tail is not None else Tail()
     tail.offset = offset
@@ -152,6 +150,7 @@ class Ledger:
         if os.fstat(self._fd).st_size != self.offset:
             self._catch_up_late()
         made = [self._event(name, payload, i) for i, (name, payload) in enumerate(events)]
+        # NaN is no JSON; a missing number is null, so that every reader of the file can parse it
         lines = [
             json.dumps(e, separators=(",", ":"), allow_nan=False).encode() + b"\n" for e in made
         ]
@@ -228,11 +227,6 @@ class Ledger:
             os.fsync(self._fd)
         except OSError:
             return  # the caller reports the first error; a torn end is cut at the next opening
-
-
-def _line(event: Event) -> bytes:
-    # NaN is no JSON; a missing number is null, so that every reader of the file can parse it
-    return json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def sync_folder(folder: Path) -> None:

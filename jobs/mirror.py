@@ -26,10 +26,8 @@ TRIES = 5
 def note(repository: Repository, notes: Mapping[str, str]) -> None:
     """Set notes (commit -> text) of any number of commits, for git log --notes=autoresearch.
 
-    Costs about the same for one as for a hundred, so callers may collect them.
-
-    Raises:
-        Paused: git could not write, or others write notes without pause.
+    Costs about the same for one as for a hundred, so callers may collect them. Raises Paused: git
+    could not write, or others write notes without pause.
     """
     write = repository.objects.write
     with repository.writing():
@@ -100,11 +98,7 @@ def save_records(repository: Repository, campaign: str, records: Mapping[str, by
 
 
 def load_records(repository: Repository, campaign: str) -> dict[str, bytes]:
-    """All records of a campaign.
-
-    Raises:
-        UserError: this clone holds none.
-    """
+    """All records of a campaign. Raises UserError: this clone holds none."""
     head = repository.objects.resolve(f"{records_ref(campaign)}^{{commit}}")
     if head is None:
         raise UserError(
@@ -140,8 +134,7 @@ def load_ledger(repository: Repository, campaign: str) -> bytes:
 def restore(repository: Repository, campaign: str, folder: Path) -> bool:
     """Bring the ledger in a campaign's folder up to the one kept in git; whether that was needed.
 
-    Raises:
-        UserError: the campaign went on both here and elsewhere.
+    Raises UserError: the campaign went on both here and elsewhere.
     """
     if repository.objects.resolve(records_ref(campaign)) is None:
         return False

@@ -38,8 +38,7 @@ def branch_ref(campaign: str, branch: str) -> str:
 def check_name(kind: str, name: str) -> str:
     """`name`, if git, file systems and Slurm all take it as the name of a campaign or branch.
 
-    Raises:
-        UserError: what is wrong with it.
+    Raises UserError: what is wrong with it.
     """
     wrong = None
     if not name:

@@ -12,8 +12,9 @@ from agent.researcher import Researcher, researcher
 from jobs import campaign, lab, materialise, submission
 from jobs.config import agent_of
 from jobs.controller import Controller
-from jobs.history import Branch, State
+from jobs.history import State
 from jobs.model import Experiment, Run
+from jobs.records import Branch
 from jobs.settings import Agent, Config, Data
 
 

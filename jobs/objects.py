@@ -48,8 +48,7 @@ class Objects:
     def resolve(self, name: str) -> str | None:
         """The full id behind any name git understands ("HEAD", "ab12cd^{tree}"); None: unknown.
 
-        Raises:
-            UserError: a prefix that several objects share.
+        Raises UserError: a prefix that several objects share.
         """
         if not name or any(ord(c) < 32 for c in name):
             return None
@@ -63,8 +62,7 @@ class Objects:
     def read(self, sha: str) -> tuple[str, bytes]:
         """Kind ("blob", "tree", "commit") and content of an object.
 
-        Raises:
-            UserError: this repository does not hold it.
+        Raises UserError: this repository does not hold it.
         """
         if sha in self._cache:
             return self._cache[sha]
@@ -101,8 +99,7 @@ class Objects:
     def write(self, kind: str, data: bytes) -> str:
         """Store an object, on disk for good when this returns. Its id.
 
-        Raises:
-            OSError: no space, no permission, a failing disk.
+        Raises OSError: no space, no permission, a failing disk.
         """
         body = f"{kind} {len(data)}\0".encode() + data
         sha = hashlib.sha1(body, usedforsecurity=False).hexdigest()
@@ -131,7 +128,7 @@ class Objects:
 
     def write_tree(self, entries: Mapping[str, Entry]) -> str:
         """Store a tree. Its id."""
-        rows = [(_bytes(name), entry) for name, entry in entries.items()]
+        rows = [(name.encode("utf-8", "surrogateescape"), entry) for name, entry in entries.items()]
         # git sorts a folder as if its name ended in a slash
         rows.sort(key=lambda row: row[0] + b"/" if row[1].mode == TREE else row[0])
         return self.write(
@@ -145,8 +142,7 @@ class Objects:
     def replace_files(self, tree: str | None, files: Mapping[str, bytes]) -> str:
         """The tree with these files' contents; modes stay, all else is carried over as it is.
 
-        Raises:
-            UserError: a path that git or the tree has no place for, or that is no plain file.
+        Raises UserError: a path that git or the tree has no place for, or that is no plain file.
         """
         entries = self.tree(tree) if tree else {}
         below: dict[str, dict[str, bytes]] = {}
@@ -195,10 +191,6 @@ def _text(name: bytes | str) -> str:
     if isinstance(name, str):  # GitPython gives either, by its version
         return name
     return name.decode("utf-8", "surrogateescape")
-
-
-def _bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _write_durably(folder: Path, name: str, data: bytes) -> None:

@@ -26,9 +26,7 @@ def write_report(folder: Path, state: State, diff: Callable[[Record], str]) -> P
     """Write results.parquet, report/progress.png and report/index.html of a campaign's folder.
 
     `diff` gives a keep's diff against its base. Returns the page's path. Costs a second or two.
-
-    Raises:
-        OSError: the disk refused.
+    Raises OSError: the disk refused.
     """
     table = tables.write_parquet(folder / "results.parquet", state)
     png = picture.progress(state)
@@ -123,23 +121,24 @@ def _headline(state: State, branch: Branch) -> str:
         f"<h2>{_text(branch.name)}</h2><p class=big>{name} {shown(state, first)} &rarr; "
         f"{shown(state, best)}, gain {gain:.6g}</p>"
     )
-    again = [(n, report.confirmed(state.record(n))) for n in (branch.baseline, branch.best) if n]
     if branch.best == branch.baseline:
         return f"{words}<p>Nothing was better than the baseline.</p>"
-    if not all(values for _, values in again):
+    again = report.closing(state, branch)
+    if again is None:
         flatters = "One run each, and the best of many flatters: not rerun on fresh seeds yet."
         return f"{words}<p>{flatters}</p>"
-    means = [report.mean_sd(values) for _, values in again]
-    honest = (
-        means[0][0] - means[1][0] if state.direction == "minimise" else means[1][0] - means[0][0]
-    )
-    cells = [
-        f"{label} ({_text(n)}): {mean:.6g}"
-        + (f" &plusmn; {sd:.2g}" if sd is not None else "")
-        + f", n = {len(values)}"
-        for label, (n, values), (mean, sd) in zip(("first", "best"), again, means, strict=True)
-    ]
-    return f"{words}<p>Again on fresh seeds: {'; '.join(cells)}. <b>Gain {honest:.6g}</b></p>"
+    cells = []
+    for label, n, values in (
+        ("first", branch.baseline, again.first),
+        ("best", branch.best, again.best),
+    ):
+        mean, sd = report.mean_sd(values)
+        spread = "" if sd is None else f" &plusmn; {sd:.2g}"
+        cells.append(f"{label} ({_text(n)}): {mean:.6g}{spread}, n = {len(values)}")
+    verdict = f"<b>Gain {again.gain:.6g}</b>"
+    if not again.real:
+        verdict = f"<b>No gain beyond noise</b>: {again.gain:.6g} &plusmn; {again.noise:.2g}"
+    return f"{words}<p>Again on fresh seeds: {'; '.join(cells)}. {verdict}</p>"
 
 
 def _written(sample: str) -> str:

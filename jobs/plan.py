@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from jobs import policy
-from jobs.history import Branch, Record, State, better
+from jobs.history import State, better
 from jobs.model import Budget, Run
+from jobs.records import Branch, Record
 from jobs.settings import Config
 
 
@@ -49,8 +50,7 @@ def _next_run(
         run = Run(experiment, seed, 1, budget, scale)
         yield Wanted(run, purpose, policy.avoided_nodes(state, record.branch))
         return
-    last = max(tries, key=lambda r: r.attempt)
-    fate = policy.after(state, f"{experiment}-s{seed}-a{last.attempt}")
+    fate = policy.after(state, record, seed)
     if isinstance(fate, policy.Retry):
         yield Wanted(Run(experiment, seed, fate.attempt, budget, scale), purpose, fate.avoid)
 
@@ -59,13 +59,11 @@ def undecided(state: State) -> Iterator[str]:
     """Experiments whose runs have all ended, none of which is to be tried again."""
     busy = {run.run.experiment for run in state.open_runs.values()}
     for name in state.in_flight:
-        runs = state.record(name).runs
-        if name in busy or not runs:
+        record = state.record(name)
+        if name in busy or not record.runs:
             continue
-        last = max(runs, key=lambda r: r.n)
-        if not isinstance(
-            policy.after(state, f"{name}-s{last.seed}-a{last.attempt}"), policy.Retry
-        ):
+        last = max(record.runs, key=lambda r: r.n)
+        if not isinstance(policy.after(state, record, last.seed), policy.Retry):
             yield name
 
 

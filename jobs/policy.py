@@ -6,12 +6,13 @@ from any prefix of the ledger gives what was decided then. A changed rule is a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.history import Branch, Event, Record, RunRecord, State, fold
-from jobs.model import Decision, to_json
+from jobs.history import State
+from jobs.model import Decision
+from jobs.records import Branch, Record, RunRecord
 
 MAX_ATTEMPTS = 3
 PARKED_IN_ROW = 3
@@ -42,17 +43,8 @@ class Park:
     reason: str
 
 
-def after(state: State, run: str) -> Retry | Crash | Park | None:
-    """What a run's end asks for; None: it ended by itself, and `decide` weighs it.
-
-    Args:
-        run: id of a run that has ended, the latest attempt of its seed ("e0042-s1-a1").
-    """
-    experiment, seed, _ = run.rsplit("-", 2)
-    return _after(state, state.record(experiment), int(seed[1:]))
-
-
-def _after(state: State, record: Record, seed: int) -> Retry | Crash | Park | None:
+def after(state: State, record: Record, seed: int) -> Retry | Crash | Park | None:
+    """What a seed's latest run asks for, at its end; None: it ended by itself, for `decide`."""
     tries = [r for r in record.runs if r.seed == seed]
     last = max(tries, key=lambda r: r.attempt)
     if last.status != "infrastructure":
@@ -72,7 +64,8 @@ def _after(state: State, record: Record, seed: int) -> Retry | Crash | Park | No
 
 def _fate(state: State, experiment: str, deaths: list[RunRecord]) -> Crash | Park | None:
     """The verdict on a series of deaths of one run; None: try once more."""
-    fit = [n for n in _distinct(r.node for r in deaths) if _ran_others(state, n, experiment)]
+    nodes = dict.fromkeys(r.node for r in deaths if r.node)
+    fit = [node for node in nodes if _ran_others(state, node, experiment)]
     if len(fit) >= 2:
         return Crash(f"died on {' and '.join(fit)}, where other experiments ran")
     last = deaths[-1]
@@ -89,10 +82,6 @@ def _tired(state: State, attempts: int) -> Park | None:
     if attempts >= limit:
         return Park(f"infrastructure killed {attempts} attempts, the last one: see its result")
     return None
-
-
-def _distinct(nodes: Iterable[str | None]) -> list[str]:
-    return list(dict.fromkeys(node for node in nodes if node))
 
 
 def _ran_others(state: State, node: str, experiment: str, since: int = -1) -> bool:
@@ -175,7 +164,7 @@ def greedy(state: State, record: Record, settings: Mapping[str, Any]) -> Decisio
     """
     branch = state.branch(record.branch)
     counted = [r for r in record.runs if r.status != "infrastructure"]
-    fates = [_after(state, record, seed) for seed in sorted({r.seed for r in record.runs})]
+    fates = [after(state, record, seed) for seed in sorted({r.seed for r in record.runs})]
     verdict, reason, numbers = _unscored(fates, counted) or _weigh(
         sum(r.metric for r in counted if r.metric is not None) / len(counted),
         record,
@@ -247,46 +236,3 @@ def _weigh(metric: float, record: Record, branch: Branch, settings: Mapping[str,
 
 
 RULES: Mapping[tuple[str, int], Rule] = {("greedy", 1): greedy}
-
-
-# -- deciding again -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A recorded decision that its own prefix of the ledger does not give."""
-
-    experiment: str
-    n: int  # of the decided event
-    recorded: Mapping[str, Any]
-    again: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        keys = [k for k in self.recorded if self.recorded[k] != self.again.get(k)]
-        return f"{self.experiment} (event {self.n}): " + "; ".join(
-            f"{key} was {self.recorded[key]!r}, again {self.again.get(key)!r}" for key in keys
-        )
-
-
-def verify(events: Iterable[Event], state: State | None = None) -> list[Difference]:
-    """Decides again at every decision of a ledger, from what came before it alone."""
-    state, found = state or State(), []
-    between: list[Event] = []
-    for event in events:
-        if event["event"] == "decided":
-            state = fold(between, state)
-            between.clear()
-            found += _again(event, state)
-        between.append(event)
-    return found
-
-
-def _again(event: Event, state: State) -> list[Difference]:
-    """What differs between a recorded decision and the same one now, on `state`."""
-    if event.get("fence", state.fence) < state.fence:
-        return []  # a displaced writer's
-    recorded = event["decision"]
-    again = to_json(decide(state, recorded["experiment"], recorded["rule_version"]))
-    if again == recorded:
-        return []
-    return [Difference(recorded["experiment"], event.get("n", state.events), recorded, again)]

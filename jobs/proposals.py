@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agent import edit
-from agent.researcher import Context, Researcher
+from agent.researcher import Context, Researcher, after
 from jobs import evidence, lab, materialise, names, plan
 from jobs.errors import UserError
-from jobs.history import Branch
 from jobs.journal import Journal
-from jobs.known import Known
 from jobs.model import Experiment, Proposal, Unavailable, Usage, to_json
+from jobs.records import Branch
 from jobs.repository import Repository
 
-NAP_S = 60.0  # before a researcher is asked again that names no readable time
+NAP_S = 60.0  # before a researcher is asked again that names no time
 AFTER_REFUSAL_S = 1.0
 GRACE_S = 1.5  # for researchers to return at the end: those that wait or read do so at once
 
@@ -68,7 +66,8 @@ class Proposals:
         self._not_before: dict[tuple[str, bool], datetime] = {}
         self._exhausted: set[str] = set()  # branches whose researcher has nothing more to say
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()  # from the researchers' threads
-        self._known = Known(site.campaign_dir / "programs.txt")
+        records = journal.state.experiments()
+        self._known = {r.fingerprint: r.id for r in records if r.fingerprint}
 
     def close(self) -> None:
         """Let go of the threads; what they were asked for is booked by the next start."""
@@ -90,16 +89,13 @@ class Proposals:
         return bool(active) and active <= self._exhausted
 
     def recover(self) -> None:
-        """Book what died with the last controller; read which programs were tried already."""
+        """Book what died with the last controller."""
         for request in list(self._journal.state.requests.values()):
             usage = _at_most(request.reserve)
             lost = Unavailable("the controller ended while this was asked for", None, usage)
             self._journal.record(
                 "proposal_failed", proposal=request.proposal, unavailable=to_json(lost)
             )
-        for record in self._journal.state.experiments():
-            with contextlib.suppress(UserError):  # its commit was pruned: told elsewhere
-                self._known.add(record.id, record.commit, partial(self.files, record.commit))
 
     def files(self, commit: str) -> dict[str, str]:
         """The editable files of a commit."""
@@ -109,8 +105,7 @@ class Proposals:
     def program(self, branch: str) -> str:
         """The branch's program.md as it reads now: an edit in mid-campaign counts from here on.
 
-        Raises:
-            UserError: it cannot be read.
+        Raises UserError: it cannot be read.
         """
         named = self._journal.state.branch(branch).settings.get("program", "program.md")
         path: Path = self._repository.root / named
@@ -183,7 +178,7 @@ class Proposals:
             metric=config.task.metric,
             direction="higher" if config.task.direction == "maximise" else "lower",
             readable=_readable(config.task.kind),
-            known=dict(self._known.experiments),
+            known=dict(self._known),
             records=evidence.Evidence(
                 state, self._repository, self._site.campaign_dir / "runs", config.task.editable
             ),
@@ -215,8 +210,8 @@ class Proposals:
             wrong = self._refusal(asked, answer) if isinstance(answer, Proposal) else None
         except Exception as error:  # a researcher must not raise; no GPU may idle for it
             words = f"the researcher failed: {type(error).__name__}: {error}"[:500]
-            return Unavailable(words, _in(NAP_S), usage)
-        return Unavailable(f"refused: {wrong}", _in(AFTER_REFUSAL_S), usage) if wrong else answer
+            return Unavailable(words, after(NAP_S), usage)
+        return Unavailable(f"refused: {wrong}", after(AFTER_REFUSAL_S), usage) if wrong else answer
 
     def _refusal(self, asked: Asked, proposal: Proposal) -> str | None:
         """The controller's own check, whoever proposed: the right base, allowed files, an edit."""
@@ -228,7 +223,7 @@ class Proposals:
         if all(present[path] == text for path, text in proposal.files.items()):
             return "it changes nothing"
         mark = edit.fingerprint({**present, **proposal.files})
-        if other := self._known.experiments.get(mark):  # a neighbour had the same idea meanwhile
+        if other := self._known.get(mark):  # a neighbour had the same idea meanwhile
             return f"it is the program of {other}"
         return None
 
@@ -240,7 +235,7 @@ class Proposals:
         if answer.until is None and not asked.stands_in:
             self._exhausted.add(branch)
         else:  # an understudy at its end may find something once the history has grown
-            until = _moment(answer.until or _in(NAP_S))
+            until = datetime.fromisoformat(answer.until or after(NAP_S))
             self._not_before[branch, asked.stands_in] = until
         self._say(f"{branch}: no proposal now: {answer.reason}")
 
@@ -277,11 +272,12 @@ class Proposals:
             usage=proposal.usage,
             rebased_from=proposal.rebased_from,
         )
-        proposed = {"proposal": request, "experiment": to_json(experiment)}
+        mark = edit.fingerprint({**before, **proposal.files})
+        proposed = {"proposal": request, "experiment": to_json(experiment), "fingerprint": mark}
         self._journal.record_all([*recorded, ("proposed", proposed)])
+        self._known[mark] = experiment.id
         ref = names.attempt_ref(self._site.config.campaign, experiment.id)
         self._repository.point(ref, commit, None)
-        self._known.add(experiment.id, commit, lambda: {**before, **proposal.files})
 
     def _commit(self, proposal: Proposal, parent: str | None, program_sha256: str) -> str:
         message = "\n\n".join(filter(None, (proposal.description, proposal.hypothesis)))
@@ -359,18 +355,6 @@ def _readable(kind: str) -> dict[str, str]:
 def _at_most(reserve: Usage) -> Usage:
     """What is booked where nobody knows what was spent."""
     return replace(reserve, estimated=bool(reserve.dollars))
-
-
-def _in(seconds: float) -> str:
-    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
-
-
-def _moment(until: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(until)
-    except ValueError:
-        return datetime.now(UTC) + timedelta(seconds=NAP_S)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _sha256(text: str) -> str:

@@ -75,8 +75,8 @@ def budgeted(kind: str, amount: float, free_s: float | None) -> Length:
 def find(clone: Clone, name: str) -> Record:
     """The experiment that a person means: id, commit, or branch (its head).
 
-    Raises:
-        UserError: none or several; a commit that is no experiment's, or whose records are absent.
+    Raises UserError: none or several; a commit that is no experiment's, or whose records are
+    absent.
     """
     campaign = clone.state.campaign
     try:
@@ -96,8 +96,7 @@ def find(clone: Clone, name: str) -> Record:
 def original(clone: Clone, record: Record) -> Original:
     """All that is recorded of an experiment.
 
-    Raises:
-        UserError: it left no result of its own, or its commit is not in this clone.
+    Raises UserError: it left no result of its own, or its commit is not in this clone.
     """
     own = [r for r in record.runs if r.purpose != "confirm" and r.status != "infrastructure"]
     if not own:

@@ -55,6 +55,7 @@ class Record(NamedTuple):
     gain: float | None = None  # over the branch's best when it was weighed; positive is better
     reason: str | None = None
     decided: Place | None = None
+    fingerprint: str = ""  # of its program; "" in ledgers older than this
 
     @property
     def net_lines(self) -> int:

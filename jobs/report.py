@@ -6,19 +6,20 @@ each, without control characters.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import compare
 from jobs.errors import UserError
-from jobs.history import Branch, State
+from jobs.history import State
 from jobs.model import Result, Usage
-from jobs.records import Record, RunRecord
-from jobs.tables import is_general, is_settled, status, value
-from jobs.tables import write_tables as write_tables
+from jobs.records import Branch, Record, RunRecord
+from jobs.tables import is_general, is_settled, status, value, write_tables
 from jobs.text import one_line
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ LONGEST_FACT = 200  # characters of one line of a note
 def find(state: State, name: str) -> Record:
     """The experiment that a person means: its id ("e0042", "42"), a commit, or a branch (its head).
 
-    Raises:
-        UserError: none, or several.
+    Raises UserError: none, or several.
     """
     if name in state.branches:
         head = state.branches[name].head
@@ -158,6 +158,34 @@ def mean_sd(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+@dataclass(frozen=True)
+class Closing:
+    """What the closing reruns of a branch's first and best say: metrics on fresh seeds."""
+
+    first: list[float]
+    best: list[float]
+    gain: float  # of the means; positive is better
+    noise: float  # standard error of the gain; 0 where there is a single run of each
+
+    @property
+    def real(self) -> bool:
+        """Whether there is a gain beyond noise."""
+        return self.gain > 2 * self.noise
+
+
+def closing(state: State, branch: Branch) -> Closing | None:
+    """None: first and best were not both run again."""
+    first, best = (
+        confirmed(state.record(name)) if name else [] for name in (branch.baseline, branch.best)
+    )
+    if not first or not best:
+        return None
+    gain = statistics.fmean(first) - statistics.fmean(best)
+    variance = sum(statistics.variance(v) / len(v) for v in (first, best) if len(v) > 1)
+    gain = -gain if state.direction == "maximise" else gain
+    return Closing(first, best, gain, math.sqrt(variance))
+
+
 # -- for the terminal -----------------------------------------------------------------------------
 
 
@@ -223,7 +251,7 @@ def signed(state: State, gain: float) -> str:
     return f"{change:+.6g}" if is_general(state) else f"{change:+.6f}"
 
 
-def chosen(state: State, branch: str | None = None, limit: int | None = 20) -> list[Record]:
+def chosen(state: State, branch: str | None, limit: int | None) -> list[Record]:
     """The latest experiments, of one branch if named, the latest first; no limit: all of them."""
     return state.recent(len(state.records) if limit is None else limit, branch)[::-1]
 

@@ -8,12 +8,12 @@ head of a branch is refs/heads/autoresearch/<campaign>/<branch>. What travels wi
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a missing git is told below, in words
@@ -21,7 +21,7 @@ import git
 
 from jobs import checkout
 from jobs.effects import effect
-from jobs.errors import AutoresearchError, Paused, UserError
+from jobs.errors import AutoresearchError, Paused, UserError, refusals_told
 from jobs.names import commit_message
 from jobs.objects import LINK, SUBMODULE, TREE, Entry, Objects
 from jobs.text import one_line
@@ -58,8 +58,7 @@ class Repository:
     def __init__(self, path: Path | str) -> None:
         """Open the repository that holds `path`.
 
-        Raises:
-            UserError: no git program, no repository, a kind of repository this cannot serve.
+        Raises UserError: no git program, no repository, a kind of repository this cannot serve.
         """
         for name in _CALLERS:
             os.environ.pop(name, None)
@@ -76,20 +75,16 @@ class Repository:
 
     def run(self, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
         """Run git in the work tree: exit status, standard output, standard error on one line."""
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(tempfile.TemporaryFile()) if stdin else None
-            if source:
-                source.write(stdin.encode("utf-8", "surrogateescape"))
-                source.seek(0)
-            status, out, err = self._repo.git.execute(
-                ["git", *arguments],
-                istream=source,
-                with_extended_output=True,
-                with_exceptions=False,
-                stdout_as_string=False,
-                strip_newline_in_stdout=False,
-            )
-        return status, out.decode("utf-8", "replace"), one_line(err) or f"exit status {status}"
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=self.root,
+            env={**os.environ, "LC_ALL": "C", "LANGUAGE": "C"},  # its words are read, too
+            input=stdin.encode("utf-8", "surrogateescape"),
+            capture_output=True,
+            check=False,
+        )
+        out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
+        return done.returncode, out, one_line(err) or f"exit status {done.returncode}"
 
     def git(self, *arguments: str) -> str:
         """What git prints, run in the work tree. Raises Paused, in git's words, if it fails."""
@@ -101,7 +96,7 @@ class Repository:
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Turns what the disk refuses inside into Paused, in words."""
-        return _writing(Path(self._repo.common_dir) / "objects")
+        return refusals_told(Path(self._repo.common_dir) / "objects", "written")
 
     def remarks(self, apart: Iterable[str] = ()) -> list[str]:
         """What a person should know about this repository before a campaign, a sentence each.
@@ -135,7 +130,7 @@ class Repository:
     def exclude(self, pattern: str) -> None:
         """Have git ignore `pattern` in this clone (.git/info/exclude), once."""
         path = Path(self._repo.common_dir) / "info" / "exclude"
-        with _writing(path):
+        with refusals_told(path, "written"):
             old = path.read_text(errors="surrogateescape") if path.exists() else ""
             if pattern in old.splitlines():
                 return
@@ -148,8 +143,7 @@ class Repository:
     def start(self, ref: str = "HEAD") -> str:
         """The commit behind a branch, tag, ref or (abbreviated) id.
 
-        Raises:
-            UserError: nothing is committed yet, no such commit, an ambiguous prefix.
+        Raises UserError: nothing is committed yet, no such commit, an ambiguous prefix.
         """
         if sha := self.objects.resolve(f"{ref}^{{commit}}"):
             return sha
@@ -170,8 +164,7 @@ class Repository:
     def read(self, commit: str, path: str) -> str:
         """The text of one file of a commit, line ends untouched.
 
-        Raises:
-            UserError: no such file there, or not UTF-8 text.
+        Raises UserError: no such file there, or not UTF-8 text.
         """
         entry = self.objects.find(self.tree(commit), path)
         if entry is None or entry.mode in (TREE, LINK, SUBMODULE):
@@ -334,11 +327,9 @@ class Repository:
     def pack(self, least: int = PACK_FROM) -> bool:
         """Pack loose objects and refs, so that git stays quick at 10,000 experiments.
 
-        The user's own packs stay as they are and nothing is dropped, whether something refers to
-        it or not. May run in a thread of its own. False: fewer than `least` loose objects.
-
-        Raises:
-            Paused: git could not write.
+        The user's own packs stay as they are and nothing is dropped, whether something refers to it
+        or not. May run in a thread of its own. False: fewer than `least` loose objects. Raises
+        Paused: git could not write.
         """
         folder = Path(self._repo.common_dir) / "objects"
         sample = folder / "17"  # ids are even: git gc --auto estimates from this folder, too
@@ -371,7 +362,7 @@ class Repository:
             Paused: the disk refused.
         """
         files = self._files(commit, tuple(paths))
-        with effect("run.snapshot"), _writing(folder):
+        with effect("run.snapshot"), refusals_told(folder, "written"):
             checkout.materialise(self.objects, files, folder)
 
     def _files(self, commit: str, paths: Sequence[str]) -> dict[str, Entry]:
@@ -452,18 +443,6 @@ def _open(path: Path) -> git.Repo:
 
 def _short(ref: str) -> str:
     return ref.removeprefix("refs/heads/")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown")
-        said = f"{error.strerror} ({name})"
-        raise Paused(
-            f"{error.filename or path} could not be written: {said}", _remedy(said)
-        ) from error
 
 
 def _remedy(trouble: str) -> str:

@@ -56,8 +56,7 @@ class Wish:
     def settings(self, one: Original, here: Config | None) -> Config:
         """Those of the original, with what is wished for.
 
-        Raises:
-            UserError: a wish that means nothing to this experiment.
+        Raises UserError: a wish that means nothing to this experiment.
         """
         chosen = one.settings(here)
         for vain, why in (
@@ -93,8 +92,7 @@ def checked_site(
 ) -> materialise.Site:
     """Evaluator, data and image, each held against what the commit recorded.
 
-    Raises:
-        UserError: one of them is missing, or another; with both hashes and what to do.
+    Raises UserError: one of them is missing, or another; with both hashes and what to do.
     """
     bare = replace(chosen, executor=replace(chosen.executor, image=None))
     recorded = None if wish.scale else one.fact("Data-Manifest-SHA256")

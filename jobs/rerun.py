@@ -63,10 +63,8 @@ def run_all(
 ) -> dict[str, list[Result]]:
     """Run experiments (id, seed) of a state that `afresh` made; their results by id.
 
-    What infrastructure kills is tried again, elsewhere, as often as the settings allow.
-
-    Raises:
-        KeyboardInterrupt: after SIGINT or SIGTERM, once the runs are ended.
+    What infrastructure kills is tried again, elsewhere, as often as the settings allow. Raises
+    KeyboardInterrupt: after SIGINT or SIGTERM, once the runs are ended.
     """
     settings, begun = site.config.executor, time.monotonic()
     journal = Memory(state)

@@ -14,10 +14,10 @@ from typing import Any
 from jobs import materialise, outcome
 from jobs.effects import effect
 from jobs.errors import Paused, UserError
-from jobs.history import OpenRun
 from jobs.journal import Journal
 from jobs.model import Result, to_json
 from jobs.plan import Wanted
+from jobs.records import OpenRun
 from jobs.repository import Repository
 from jobs.submission import Executor, JobState, place_of
 
@@ -93,7 +93,7 @@ class Runs:
             container.check_before_run(site)
         experiment, folder = state.experiment(run.run.experiment), self.folder(run)
         with effect("run.folder"):
-            _make(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             materialise.task(site, state, experiment, run.run, folder).save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
         place = place_of(state.branch(run.branch).settings)
@@ -139,8 +139,7 @@ class Runs:
     def ended(self) -> list[tuple[OpenRun, Result]]:
         """The runs that have ended since: by their result.json, else by what became of the job.
 
-        Raises:
-            Paused: a job has waited for minutes for a reason that waiting does not mend.
+        Raises Paused: a job has waited for minutes for a reason that waiting does not mend.
         """
         running = [run for run in self._journal.state.open_runs.values() if run.submission]
         results = {run.run.id: self._told(run) for run in running}
@@ -252,12 +251,3 @@ class Runs:
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
         return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Paused(
-            f"the run folder {folder} cannot be made: {error.strerror}", "Mend that"
-        ) from None

@@ -18,15 +18,15 @@ from typing import Any
 from jobs.effects import effect
 from jobs.history import State, fold
 from jobs.ledger import Lines, Tail, read, sync_folder
-from jobs.model import Usage, from_json, to_json
+from jobs.model import from_json, to_json
 from jobs.records import Branch, Chunk, NodeRun, OpenRun, Request, Vector
 
-VERSION = 2
+VERSION = 3
 _PROOF_BYTES = 65536  # of the ledger's first and last bytes that a snapshot vouches for
 
 # Fields of a State that are JSON as they are (in_flight but for being a tuple).
 _PLAIN = (
-    *("campaign", "start", "config", "in_flight", "allocated_s", "training_s", "parked_in_row"),
+    *("campaign", "start", "config", "in_flight", "parked_in_row"),
     *("refused", "paused", "stopped", "fence", "events", "time", "night"),
 )
 
@@ -52,8 +52,7 @@ def due(state: State, saved_events: int) -> bool:
 def save(folder: Path, state: State, offset: int) -> None:
     """Writes snapshot.json atomically; `offset`: bytes of the ledger that `state` is the fold of.
 
-    Raises:
-        OSError: the disk refuses; nothing is lost by that.
+    Raises OSError: the disk refuses; nothing is lost by that.
     """
     body = [json.dumps(_small(state), separators=(",", ":")).encode()]
     body += [chunk.text for chunk in state.records.chunks]
@@ -115,7 +114,6 @@ def _small(state: State) -> dict[str, Any]:
         "requests": [to_json(request) for request in state.requests.values()],
         "nodes": state.nodes,
         "orders": sorted(state.orders),
-        "spent": to_json(state.spent),
     }
 
 
@@ -131,5 +129,4 @@ def _state(small: Mapping[str, Any], records: Vector) -> State:
         requests={item.proposal: item for item in requests},
         nodes={k: tuple(NodeRun(*run) for run in seen) for k, seen in small["nodes"].items()},
         orders=frozenset(small["orders"]),
-        spent=from_json(Usage, small["spent"]),
     )

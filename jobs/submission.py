@@ -172,13 +172,10 @@ class LocalExecutor:
         node = os.uname().nodename
         states = {}
         for submission in submissions:
-            running = self._lives(submission)
+            # of two payloads for one run (a kill in between), the claim's is meant
+            running = process.alive((self._claimed(submission.run) or submission).job)
             states[submission.run] = JobState("running" if running else "ended", node=node)
         return states
-
-    def _lives(self, submission: Submission) -> bool:
-        """Whether its payload runs: of two for one run (a kill in between), the claim's."""
-        return process.alive((self._claimed(submission.run) or submission).job)
 
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Payloads say who they are in their run folder: wait for one that may just be starting."""

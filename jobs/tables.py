@@ -72,15 +72,14 @@ class Tables:
     def update(self, state: State) -> None:
         """Bring every table up to `state`; costs what is new, not what is there.
 
-        Raises:
-            OSError: the disk refused.
+        Raises OSError: the disk refused.
         """
         new = self._newly_settled(state) if self._sizes else []
         moved = {None, *(record.branch for record in new)} if new else set()
         for branch in (None, *state.branches):
             if branch in self._sizes and branch not in moved:
                 continue
-            path = self._path(branch)
+            path = (self.folder / "branches" / branch if branch else self.folder) / "results.tsv"
             if branch not in self._sizes or _size(path) != self._sizes[branch]:
                 _catch_up(path, state, branch)
             else:
@@ -92,9 +91,6 @@ class Tables:
         names = [*self._open, *(state.records[i].id for i in range(self._seen, len(state.records)))]
         new = [record for record in map(state.record, names) if is_settled(record)]
         return sorted(new, key=lambda r: _order(r.decided))
-
-    def _path(self, branch: str | None) -> Path:
-        return (self.folder / "branches" / branch if branch else self.folder) / "results.tsv"
 
 
 def write_tables(folder: Path, state: State) -> None:
@@ -209,10 +205,8 @@ def write_parquet(path: Path, state: State) -> Any:
     """Write results.parquet, a row for each decided experiment. Returns the pyarrow table.
 
     Seconds and memory are sums and peaks over all runs of an experiment, closing reruns included;
-    `run_details` has each run. Rows that the file has already are taken over from it.
-
-    Raises:
-        OSError: the disk refused.
+    `run_details` has each run. Rows that the file has already are taken over from it. Raises
+    OSError: the disk refused.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -23,12 +23,8 @@ def deadline(now: datetime, until: str, zone: tzinfo | None = None) -> datetime:
         wall = (today + timedelta(days=days)).replace(
             hour=hour, minute=minute, second=0, microsecond=0
         )
-        moments = [_local(wall.replace(fold=fold), zone) for fold in (0, 1)]
+        # without a zone, the system's rules of that day apply
+        moments = [wall.replace(fold=fold, tzinfo=zone).astimezone(UTC) for fold in (0, 1)]
         shown = [m for m in moments if m.astimezone(zone).replace(tzinfo=None, fold=0) == wall]
         found += [moment for moment in shown or moments[:1] if moment > now]
     return min(found)
-
-
-def _local(wall: datetime, zone: tzinfo | None) -> datetime:
-    """UTC of a wall time; without a zone the system's rules of that day apply."""
-    return (wall.replace(tzinfo=zone) if zone else wall).astimezone(UTC)

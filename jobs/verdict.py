@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from jobs.history import RunRecord, State
+from jobs.history import State
 from jobs.model import Result
+from jobs.records import RunRecord
 
 REPRODUCED, DIFFERENT, INCOMPARABLE = "reproduced", "not reproduced", "not comparable"
 FAILED = "failed"  # of several: this one could not be run
@@ -80,7 +81,7 @@ def differences(old: Result, new: Result, contained: bool) -> list[str]:
     if old.gpu is None and new.gpu is None:
         pairs = [("CPU", old.details.get("cpu"), new.details.get("cpu"))]
     if not contained:
-        then, now = (_versions(result) for result in (old, new))
+        then, now = (result.details.get("versions") or {} for result in (old, new))
         pairs += [(name, then[name], now.get(name)) for name in then]
     reasons = [f"{what} was {a}, is {b}" for what, a, b in pairs if a and b and a != b]
     late = [when for when, result in (("was", old), ("is", new)) if _out_of_time(result)]
@@ -93,10 +94,6 @@ def _out_of_time(result: Result) -> bool:
     """Whether a budget of tokens was cut by the clock: how far it came is the machine's doing."""
     kind = (result.details.get("budget") or {}).get("kind")
     return kind == "tokens" and result.details.get("closed_by") == "wall"
-
-
-def _versions(result: Result) -> Mapping[str, Any]:
-    return result.details.get("versions") or {}
 
 
 def judge(

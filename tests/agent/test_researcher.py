@@ -25,6 +25,7 @@ from agent.scripted import Scripted
 from agent.sweep import Sweep
 from jobs.errors import UserError
 from jobs.model import Proposal, Unavailable, Usage, to_json
+from jobs.settings import Prices
 
 
 def longer(request: dict[str, Any]) -> Reply:
@@ -229,8 +230,8 @@ def test_caps_of_a_branch_and_in_tokens_hold_too():
 
 
 def test_prices_can_be_configured_and_names_of_clouds_are_understood():
-    own = SimpleNamespace(input=1, output=2, cache_write=3, cache_read=4)
-    assert money.price(settings(model="mine", prices={"mine": own})) == (1, 2, 3, 4)
+    own = Prices(input=1, output=2, cache_write=3, cache_read=4)
+    assert money.price(settings(model="mine", prices={"mine": own})) == own
     bedrock = money.price(settings(model="us.anthropic.claude-opus-5-5"))
     assert bedrock == money.PRICES["claude-opus-5-5"]
     with pytest.raises(UserError, match="no price is known"):

@@ -92,11 +92,10 @@ def test_a_crash_is_worse_than_any_score_and_a_run_in_flight_is_not_repeated():
     for metric, verdict, status in ((1.5, "discard", "ok"), (None, "discard", "crash")):
         tale = Tale()
         name = tale.add({PATH: PROGRAM}, metric, verdict, status=status)
-        trial = next(t for t in sweep.view.trials(tale.state, "main") if t.id == name)
-        states.append(sweep._as_optuna(trial, {}, {}).state.name)
+        states.append(sweep._as_optuna(tale.state.record(name), {}, {}).state.name)
     tale = Tale()
-    tale.add({PATH: PROGRAM}, None, None)
-    *_, running = sweep.view.trials(tale.state, "main")
+    name = tale.add({PATH: PROGRAM}, None, None)
+    running = tale.state.record(name)
     states.append(sweep._as_optuna(running, {}, {}).state.name)
     assert states == ["COMPLETE", "PRUNED", "RUNNING"]
 
@@ -173,11 +172,12 @@ def test_every_constant_has_its_turn():
 
 
 def test_a_long_history_costs_no_more_than_its_best_and_newest():
-    trials = [sweep.view.Trial(f"e{n}", random.random(), False) for n in range(5000)]
-    kept = sweep.remembered(trials, "lower")
+    (one,) = Tale().state.experiments()
+    records = [one._replace(id=f"e{n}", metric=random.random()) for n in range(5000)]
+    kept = sweep.remembered(records, "lower")
     assert len(kept) <= sweep.REMEMBERED
-    assert trials[-1] in kept
-    assert min(trials, key=lambda trial: trial.metric) in kept
+    assert records[-1] in kept
+    assert min(records, key=lambda record: record.metric) in kept
 
 
 def test_the_shipped_program_can_be_swept_at_every_scale():

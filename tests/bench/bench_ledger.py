@@ -94,7 +94,14 @@ def _until_the_end(state: history.State, i: int) -> list[tuple[str, dict[str, An
             "proposal_requested",
             {"proposal": f"p{i}", "branch": branch.name, "base": experiment.base},
         ),
-        ("proposed", {"proposal": f"p{i}", "experiment": to_json(experiment)}),
+        (
+            "proposed",
+            {
+                "proposal": f"p{i}",
+                "experiment": to_json(experiment),
+                "fingerprint": f"{i:032x}",
+            },
+        ),
         (
             "run_intended",
             {

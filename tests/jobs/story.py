@@ -84,8 +84,8 @@ class Story:
 
     def dies(self, experiment: str, node: str | None, **facts: Any) -> Any:
         """A run killed by infrastructure, and what the rules make of it."""
-        run = self.run(experiment, status="infrastructure", node=node, **facts)
-        return policy.after(self.state, run)
+        self.run(experiment, status="infrastructure", node=node, **facts)
+        return policy.after(self.state, self.state.record(experiment), facts.get("seed", 1))
 
     def decide(self, experiment: str) -> Decision:
         decision = policy.decide(self.state, experiment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import deciding
 import pytest
 from story import Story
 
@@ -237,7 +238,7 @@ def test_the_recorded_ledger_says_for_ever_what_it_said() -> None:
     assert state.branch("wide").notes == ("try fewer heads",)
     assert (state.fence, state.stopped, list(state.open_runs)) == (2, None, ["e0014-s1-a1"])
     assert policy.excluded_nodes(state) == {"n3"}
-    assert policy.verify(ledger.read(RECORDED)) == []
+    assert deciding.verify(ledger.read(RECORDED)) == []
 
 
 def test_the_ledger_of_a_real_controller_says_for_ever_what_it_said() -> None:
@@ -260,7 +261,7 @@ def test_the_ledger_of_a_real_controller_says_for_ever_what_it_said() -> None:
     assert [run.status for run in state.record("e0008").runs] == ["infrastructure"] * 2
     assert not state.open_runs
     assert not state.requests
-    assert policy.verify(ledger.read(path)) == []
+    assert deciding.verify(ledger.read(path)) == []
 
 
 def test_chunks_read_back_as_they_were_written() -> None:

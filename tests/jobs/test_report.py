@@ -213,6 +213,14 @@ def test_the_page_headlines_the_reruns_not_the_luckiest_number(tmp_path: Path) -
     assert "<b>Gain 0.1</b>" in text
 
 
+def test_the_page_calls_a_difference_within_noise_none(tmp_path: Path) -> None:
+    night = Night()
+    night.try_("baseline", 1.0)
+    night.try_("lucky", 0.999)
+    text = page.write_report(tmp_path, reran(night).state, lambda r: "").read_text()
+    assert "<b>No gain beyond noise</b>: 0.001 &plusmn; 0.0016" in text
+
+
 def test_failures_are_grouped_and_time_and_money_are_added_up(tmp_path: Path) -> None:
     night = Night()
     night.try_("baseline", 1.0)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import deciding
 import pytest
 from toylab import Lab
 
-from jobs import policy, runs, submission
+from jobs import runs, submission
 from jobs.errors import Paused
 from jobs.model import Run, Submission
 from jobs.submission import JobState, LocalExecutor
@@ -92,7 +93,7 @@ def test_a_run_that_slurm_ended_is_recorded_once_slurm_says_why(
     assert state.record("e0001").runs[0].preempted is preempted
     assert [run.died for run in state.nodes["n1"]] == ([False] if preempted else [True, False])
     assert second.ok
-    assert policy.verify(lab.events()) == []
+    assert deciding.verify(lab.events()) == []
 
 
 def test_where_slurm_gives_no_reason_the_wrappers_is_recorded_after_a_while(

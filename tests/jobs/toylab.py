@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import deciding
 import yaml
 
 from agent.researcher import Researcher
-from jobs import campaign, config, inbox, ledger, mirror, names, night, policy, process, submission
+from jobs import campaign, config, inbox, ledger, mirror, names, night, process, submission
 from jobs.controller import Controller
 from jobs.history import State, fold
 from jobs.repository import Repository
@@ -260,7 +261,7 @@ def check_books(lab: Lab) -> None:
     assert not state.in_flight
     assert not state.requests
     _check_runs(lab, events)
-    assert policy.verify(events) == []
+    assert deciding.verify(events) == []
     decided = Counter(e["decision"]["experiment"] for e in events if e["event"] == "decided")
     assert decided == Counter(r.id for r in state.experiments())
     _check_git(lab, state)
