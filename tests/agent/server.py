@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import secrets
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Any
 THINKING = 7  # tokens of each reply
 MODEL = "claude-opus-5-5"
 PRICE = {"input": 4.0, "output": 20.0, "write": 8.0, "read": 0.2}  # dollars per million tokens
-KEY = "sk-ant-test-0123456789abcdef"
+KEY = f"sk-ant-test-{secrets.token_hex(8)}"  # none that other tests beside these hold
 STATUS = {"529": 529, "500": 500, "429": 429, "429-absurd": 429, "spend": 429, "402": 402}
 STATUS |= {"401": 401, "400": 400}
 FAULTS = ("529", "500", "429", "mid-stream-error", "chunked-drop", "clean-drop", "hang")
