@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from agent import program
+from agent import constants, program
 from agent.researcher import Context
 from jobs.text import lines, one_line
 
@@ -84,7 +84,7 @@ def interface(path: str, text: str) -> str:
     if not path.endswith(".py"):
         return text
     try:
-        tree = ast.parse(text)
+        tree = constants.parse(text)
     except (SyntaxError, ValueError):
         return text
     for node in ast.walk(tree):

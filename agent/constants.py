@@ -6,6 +6,8 @@ import ast
 import math
 import operator
 import re
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +21,20 @@ _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: operator.floordiv,
     ast.LShift: operator.lshift,
 }
+
+
+_parsing = threading.Lock()
+
+
+def parse(source: str) -> ast.Module:
+    """ast.parse, for one thread at a time: CPython 3.11 counts the depth of all of them together.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: it is no program that can be read.
+    """
+    with _parsing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an invalid escape is the program's business
+        return ast.parse(source)
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ def find(source: str, scale: str | None = None) -> dict[str, Constant]:
     counts as a number; elements of tuples are `NAME[0]`. Raises SyntaxError: `source` is not
     Python.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     # Byte offset of each line as the parser counts them: it breaks lines at newlines alone.
     offsets = [0, *(end.end() for end in re.finditer(rb"\r\n|\r|\n", source.encode()))]
     nodes = [pair for block in _blocks(tree, scale) for pair in block]
@@ -93,7 +109,7 @@ def pieces(source: str, scale: str | None = None) -> dict[str, str]:
     block by theirs, all imports are "imports", everything else at the top level is "script". Raises
     SyntaxError: `source` is not Python.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     found: dict[str, list[str]] = {}
     for block in _blocks(tree, scale):
         for name, node in block:

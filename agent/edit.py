@@ -134,9 +134,7 @@ def _has_docstring(node: ast.AST) -> bool:
 @functools.lru_cache(maxsize=8)  # the rules share trees: nobody writes to them
 def _parse(text: str) -> ast.Module | None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an invalid escape is the program's business
-            return ast.parse(text)
+        return constants.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -280,7 +278,7 @@ def undefined(text: str) -> list[str]:
 def _first_use(text: str, name: str) -> int:
     uses = [
         node.lineno
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(constants.parse(text))
         if isinstance(node, ast.Name) and node.id == name
     ]
     return min(uses, default=0)
@@ -310,7 +308,7 @@ def _keeps_the_seed(edit: Edit) -> Iterator[str]:
             continue
         if not _imports_seed(edit.new[path]):
             yield f"{path} does not import SEED from prepare any more. {advice}"
-        tree = ast.parse(edit.new[path])
+        tree = constants.parse(edit.new[path])
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         for node in ast.walk(tree):
             where = f"{path} line {getattr(node, 'lineno', 0)}"
