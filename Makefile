@@ -40,7 +40,7 @@ cluster-down:
 	bash slurm/cluster.sh down
 
 test-cluster: $(INSTALLED) cluster
-	$(BIN)/python -m pytest -m "cluster and not proof"
+	$(BIN)/python -m pytest -m "cluster and not proof" --durations=15
 
 proof: $(INSTALLED)
 	$(BIN)/python -m pytest -m "proof and not cluster"
