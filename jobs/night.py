@@ -116,9 +116,10 @@ def dry_run(config: Config, root: Path) -> str:
     """What the first run would be: its task, and the exact job where there is one."""
     from jobs.repository import Repository
 
-    problems = campaign.check(config, root)
+    repository = Repository(root)
+    problems = campaign.check(config, root, repository)
     _ready(config, root)
-    site, start = campaign.site(config, root), Repository(root).start("HEAD")
+    site, start = campaign.site(config, root), repository.start("HEAD")
     experiment = Experiment(
         "e0001", next(iter(config.branches)), start, start, None, "baseline", "none", ""
     )
