@@ -72,7 +72,7 @@ def _announced(config: Config) -> list[str]:
 
 
 def _capped(config: Config, agent: Agent) -> str:
-    caps = {config.agent.caps: "in all", agent.caps: "here"}  # alike: for all branches together
+    caps = {agent.caps: "here", config.agent.caps: "in all"}  # inherited ones hold for all together
     most = [f"{c.dollars:g} dollars {where}" for c, where in caps.items() if c.dollars is not None]
     most += [f"{c.tokens} tokens {where}" for c, where in caps.items() if c.tokens is not None]
     return f", at most {', '.join(most)}" if most else ", no cap on what they cost (agent.caps)"
