@@ -105,12 +105,12 @@ def data_folder(config: Config) -> Path:
     return prepare.default_folder(config.data.corpus, config.data.scale)
 
 
-def check(config: Config, root: Path) -> list[str]:
+def check(config: Config, root: Path, repository: Repository) -> list[str]:
     """What keeps branches of a new campaign from beginning, a line each; the others go on.
 
     Raises UserError: no branch could begin. Nothing was written.
     """
-    repository, problems = Repository(root), []
+    problems = []
     _require_program(repository, config, repository.start("HEAD"))
     for name, branch in config.branches.items():
         try:
@@ -164,7 +164,7 @@ def _open(
             "folder: in campaign.yaml to a place that lasts"
         )
     if not (directory / "ledger.jsonl").exists():
-        check(config, root)
+        check(config, root, repository)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "inbox").mkdir(exist_ok=True)
     _hide(repository, directory)

@@ -140,7 +140,8 @@ def _tolerated(findings: Sequence[Finding], remedy: str) -> list[Finding]:
 
 def _git(settings: Config, root: Path) -> Finding:
     try:
-        problems, repository = campaign.check(settings, root), Repository(root)
+        repository = Repository(root)
+        problems = campaign.check(settings, root, repository)
     except AutoresearchError as error:
         return Finding("git", "failure", str(error), WORDS)
     if problems:

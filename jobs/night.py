@@ -72,7 +72,7 @@ def _announced(config: Config) -> list[str]:
 
 
 def _capped(config: Config, agent: Agent) -> str:
-    caps = {config.agent.caps: "in all", agent.caps: "here"}  # alike: for all branches together
+    caps = {agent.caps: "here", config.agent.caps: "in all"}  # inherited ones hold for all together
     most = [f"{c.dollars:g} dollars {where}" for c, where in caps.items() if c.dollars is not None]
     most += [f"{c.tokens} tokens {where}" for c, where in caps.items() if c.tokens is not None]
     return f", at most {', '.join(most)}" if most else ", no cap on what they cost (agent.caps)"
@@ -116,9 +116,10 @@ def dry_run(config: Config, root: Path) -> str:
     """What the first run would be: its task, and the exact job where there is one."""
     from jobs.repository import Repository
 
-    problems = campaign.check(config, root)
+    repository = Repository(root)
+    problems = campaign.check(config, root, repository)
     _ready(config, root)
-    site, start = campaign.site(config, root), Repository(root).start("HEAD")
+    site, start = campaign.site(config, root), repository.start("HEAD")
     experiment = Experiment(
         "e0001", next(iter(config.branches)), start, start, None, "baseline", "none", ""
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -322,6 +323,21 @@ def test_what_cannot_begin_is_told_by_dry_run_doctor_and_run_and_leaves_nothing(
     assert status == 1
     assert told in out
     assert not (inside.root / "campaigns").exists()
+
+
+def test_dry_run_says_what_proposals_may_cost_on_a_branch_and_in_all(
+    inside: Lab, autoresearch: Run
+) -> None:
+    paid = {"kind": "anthropic", "caps": {"dollars": 50}}
+    side = {"agent": {"caps": {"dollars": 5, "tokens": 1000}}}
+    inside.configure(agent=paid, branches={"main": {}, "side": side}, limits={"until": "07:30"})
+    status, out, _ = autoresearch("run", "--dry-run")
+    assert status == 0
+    assert "limits: until 07:30\n" in out
+    assert re.search(r"main: proposals by anthropic \S+, at most 50 dollars in all\n", out)
+    assert re.search(
+        r"side: .*, at most 5 dollars here, 50 dollars in all, 1000 tokens here\n", out
+    )
 
 
 def test_a_branch_that_cannot_begin_beside_others_is_named_by_dry_run(
