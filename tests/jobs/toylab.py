@@ -60,6 +60,17 @@ def change(**constants: float) -> dict[str, Any]:
     return {"description": ", ".join(f"{k} {v:g}" for k, v in constants.items()), "set": constants}
 
 
+def when(text: str, act: Callable[[], None]) -> Callable[[str], None]:
+    """A listener that acts once, at the first line that holds `text`."""
+    waiting = [act]
+
+    def listen(line: str) -> None:
+        if text in line and waiting:
+            waiting.pop()()
+
+    return listen
+
+
 class Lab:
     """A lab in `root`, its script and its settings; every campaign has a name of its own."""
 
