@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import keys
-from jobs.errors import AutoresearchError, LeaseHeld, UserError, refused
+from jobs.errors import AutoresearchError, LeaseHeld, Paused, UserError, refused
 from jobs.options import parser
 from jobs.screen import Screen
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as error:
         print(
-            f"\n{error}" if error.args else "\nleft at once; `autoresearch run` resumes",
+            f"\n{error}" if error.args else "\nleft at once; the same command goes on",
             file=sys.stderr,
         )
         return 130
@@ -81,7 +81,13 @@ def _champion(campaign_dir: Path) -> str:
             f"git clone that and git switch autoresearch/{state.campaign}/{best.branch}"
         )
     path = state.config["task"]["editable"][0]
-    return Repository(campaign_dir).read(best.commit, path)
+    for place in (campaign_dir, Path.cwd()):  # `folder` may lie outside the repository
+        with contextlib.suppress(UserError):
+            return Repository(place).read(best.commit, path)
+    raise UserError(
+        f"{best.id} of the campaign in {campaign_dir} is commit {best.commit[:10]}, which is in no "
+        "git repository around that folder or this one: call this inside the campaign's lab"
+    )
 
 
 @command
@@ -111,12 +117,32 @@ def run(arguments: argparse.Namespace) -> int:
         print(night.dry_run(config, root))
         return 0
     screen = Screen()
-    reason = night.run(config, root, screen.say, screen.show)
+    try:
+        reason = night.run(config, root, screen.say, screen.show)
+    except Paused:
+        _reported(arguments, screen.say)
+        raise
     if reason == "interrupted":
         print("handed over; runs under way go on and are adopted: `autoresearch run` resumes")
         return 0
+    _reported(arguments, screen.say)
     print(f"done: {reason}")
     return 0
+
+
+def _reported(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Tables, picture and page as they are when a night ends; none of them is worth a failure."""
+    from jobs import report
+    from jobs.effects import effect
+    from jobs.repository import Repository
+
+    try:
+        state, directory = _state(arguments)
+        with effect("report.write"):
+            files = report.write_all(directory, state, Repository(_root(arguments)))
+        say(f"report: {files['index.html']}")
+    except (OSError, AutoresearchError) as error:
+        say(f"no report was written (autoresearch report tries again): {error}")
 
 
 def _once(arguments: argparse.Namespace) -> int:
@@ -296,7 +322,7 @@ def clean(arguments: argparse.Namespace) -> int:
     from jobs import disk
 
     state, directory = _state(arguments)
-    paths = disk.leftovers(directory, {run.folder for run in state.open_runs.values()})
+    paths = disk.leftovers(directory, disk.needed(state))
     sizes = {str(path.relative_to(directory)): disk.size(path) for path in paths}
     if not arguments.dry_run:
         for path in paths:

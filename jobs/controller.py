@@ -99,12 +99,17 @@ class Controller:
             self.stop.set()
             self.proposals.close()
             self.executor.close()
-            self._close_books()
+            if self._interrupts < 2:  # twice means now: the next start does it
+                self._close_books()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _loop(self) -> str:
         self._recover()
+        if self._deadline is not None and datetime.now(UTC) >= self._deadline:
+            self.say(
+                "the night that was cut off is over: this start closes it, the next is a new one"
+            )
         while (reason := self._finished()) is None:
             events = self.journal.state.events
             self._tick()
@@ -180,9 +185,11 @@ class Controller:
         self._restore_refs()
         self._resume_branches()
         self.proposals.recover()
-        for record in self.journal.state.recent(MIRROR_EVERY):
-            if record.verdict not in (None, "measure"):
-                self._tidy(record.id)
+        state = self.journal.state
+        rerun = {name for b in state.branches.values() for name in (b.baseline, b.best) if name}
+        for name in sorted(rerun | {record.id for record in state.recent(MIRROR_EVERY)}):
+            if state.record(name).verdict not in (None, "measure"):
+                self._tidy(name)
         self._carry_over_stale()
         self.runs.adopt()
         self._forget_stops()
@@ -346,7 +353,9 @@ class Controller:
         keep = folder / branch.name / name if name in kept else None
         with effect("run.tidy"):
             for run in record.runs:
-                disk.tidy(self.folder / "runs" / name / f"s{run.seed}-a{run.attempt}", keep)
+                # What a closing rerun left is dropped: the weights kept are the deciding run's.
+                place = self.folder / "runs" / name / f"s{run.seed}-a{run.attempt}"
+                disk.tidy(place, None if run.purpose == "confirm" else keep)
             disk.keep_only(folder / branch.name, kept)
 
     def _after(self, name: str, rebase: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jobs import checkout, payload
 from jobs.errors import Paused
+from jobs.history import State
 
 WEIGHTS, SAMPLE = "model.safetensors", "sample.txt"
 LARGEST_HEADER = 10_000_000  # bytes, of the weights' file
@@ -83,8 +84,17 @@ def require_free(folder: Path, megabytes: int) -> None:
         )
 
 
+def needed(state: State) -> set[str]:
+    """Run folders whose weights a start may promote still: what runs, what is undecided, and the
+    heads, whose controller may have died between the decision and the promotion."""
+    heads = {name for b in state.branches.values() for name in (b.head, b.best) if name}
+    runs = [(name, r) for name in {*state.in_flight, *heads} for r in state.record(name).runs]
+    waiting = {f"{name}/s{run.seed}-a{run.attempt}" for name, run in runs}
+    return waiting | {run.folder for run in state.open_runs.values()}
+
+
 def leftovers(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
-    """What `autoresearch clean` removes of runs that are not under way: bulk, and jobs' logs."""
+    """What `autoresearch clean` removes of runs that are not `needed`: bulk, and jobs' logs."""
     found = []
     for run_dir in sorted(campaign_dir.glob("runs/*/*")):
         if f"{run_dir.parent.name}/{run_dir.name}" not in open_folders:
