@@ -23,7 +23,8 @@ from trainer import prepare
 
 def folder(config: Config, root: Path) -> Path:
     """Where the campaign keeps what is not in git."""
-    return (root / config.folder / names.check_name("campaign", config.campaign)).absolute()
+    place = root / Path(config.folder).expanduser()
+    return (place / names.check_name("campaign", config.campaign)).absolute()
 
 
 def read(campaign_dir: Path) -> State:

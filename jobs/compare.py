@@ -29,7 +29,7 @@ def rows(state: State) -> list[dict[str, Any]]:
 def _row(state: State, branch: Branch) -> dict[str, Any]:
     first, best = branch.baseline_metric, branch.best_metric
     gain = None if first is None or best is None else abs(best - first)
-    hours, dollars = branch.allocated_s / 3600 * _gpus(state), branch.spent.dollars
+    hours, dollars = branch.allocated_s / 3600 * gpus(state), branch.spent.dollars
     return {
         "branch": branch.name,
         "program": branch.settings.get("program", "program.md"),
@@ -50,10 +50,10 @@ def _row(state: State, branch: Branch) -> dict[str, Any]:
     }
 
 
-def _gpus(state: State) -> int:
+def gpus(state: State) -> int:
     """Devices that a run holds: of executor.gpus ("h100:2"); locally one."""
     executor = state.config.get("executor") or {}
-    count = str(executor.get("gpus", "1")).rpartition(":")[2]
+    count = str(executor.get("gpus") or "1").rpartition(":")[2]
     return int(count) if executor.get("kind") != "local" and count.isdecimal() else 1
 
 

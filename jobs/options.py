@@ -75,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     one = add("demo", "a real campaign of 12 experiments on this machine, from the shipped program")
     one.add_argument("--detuned", action="store_true", help="begin from two constants made worse")
     one.add_argument("--folder", type=Path, help="its lab (default: autoresearch-demo)")
-    one.add_argument("--experiments", type=int, help="experiments beside the baseline")
+    told = "experiments beside the baseline"
+    one.add_argument("--experiments", type=_positive(int), metavar="N", help=told)
     one = add("doctor", "whether this campaign can start, each check with its remedy", asking)
     one.add_argument("--job", action="store_true", help="also ask compute nodes, by two short jobs")
     _branch_options(add, looking)

@@ -53,7 +53,7 @@ def progress(state: State) -> bytes:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if state.records:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=8, frameon=False, ncols=2)
     sink = io.BytesIO()
     with warnings.catch_warnings():

@@ -93,7 +93,7 @@ def summary(state: State, controller: str | None = None) -> dict[str, Any]:
         "branches": {name: _branch_summary(state, b) for name, b in state.branches.items()},
         "experiments": len(state.records),
         "running": len(state.open_runs),
-        "gpu_seconds": {"allocated": state.allocated_s, "training": state.training_s},
+        "gpu_seconds": _gpu_seconds(state, state),
         "cost": _cost(state.spent),
         "refused": state.refused,
         "updated": state.time or None,
@@ -119,9 +119,14 @@ def _branch_summary(state: State, branch: Branch) -> dict[str, Any]:
         "running": len(state.running(branch.name)),
         "paused": branch.paused,
         "retired": branch.retired,
-        "gpu_seconds": {"allocated": branch.allocated_s, "training": branch.training_s},
+        "gpu_seconds": _gpu_seconds(state, branch),
         "cost": _cost(branch.spent),
     }
+
+
+def _gpu_seconds(state: State, used: State | Branch) -> dict[str, float]:
+    gpus = compare.gpus(state)
+    return {"allocated": used.allocated_s * gpus, "training": used.training_s * gpus}
 
 
 def dollars_each(state: State) -> tuple[float, float]:

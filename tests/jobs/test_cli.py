@@ -294,6 +294,50 @@ def test_init_from_a_campaign_begins_with_its_best_program(
     assert text == toylab.SOLUTION.replace("X = 2.0", "X = 1")
 
 
+def test_a_campaign_kept_outside_its_repository_is_where_it_was_said_and_can_be_begun_from(
+    inside: Lab, tmp_path: Path, autoresearch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    inside.configure(folder="~/lasting")
+    assert autoresearch("run")[0] == 0
+    kept = tmp_path / "home" / "lasting" / inside.name
+    assert not (inside.root / "campaigns").exists()
+    book = kept / "ledger.jsonl"
+    book.write_text(book.read_text().replace('"kind":"general"', '"kind":"nanochat"'))
+    (kept / "snapshot.json").unlink()
+    assert autoresearch("init", str(tmp_path / "new"), "--from", str(kept))[0] == 0
+    text = (tmp_path / "new/trainer/train.py").read_text()
+    assert text == toylab.SOLUTION.replace("X = 2.0", "X = 1")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = autoresearch("init", str(tmp_path / "other"), "--from", str(kept))
+    assert status == 2
+    assert "call this inside the campaign's lab" in err
+
+
+def test_a_night_ends_with_its_report_and_so_does_one_that_pauses(
+    inside: Lab, autoresearch: Run
+) -> None:
+    index = inside.folder / "report" / "index.html"
+    inside.configure(disk={"keep_free_mb": 10**9})
+    status, out, _ = autoresearch("run")
+    assert status == 3
+    assert f"report: {index}" in out
+    index.unlink()
+    inside.configure(disk={"keep_free_mb": 1})
+    assert f"report: {index}" in autoresearch("run")[1]
+    for name in ("report/index.html", "report/progress.png", "results.parquet", "results.tsv"):
+        assert (inside.folder / name).stat().st_size > 0
+    assert "e0002" in index.read_text()
+
+
+def test_a_report_that_cannot_be_written_fails_no_night(inside: Lab, autoresearch: Run) -> None:
+    (inside.folder / "report" / "progress.png").mkdir(parents=True)  # where a file is to be
+    status, out, _ = autoresearch("run")
+    assert status == 0
+    assert "no report was written" in out
+    assert "done: 3 experiments" in out
+
+
 def test_dry_run_checks_everything_and_leaves_nothing(inside: Lab, autoresearch: Run) -> None:
     before = inside.refs()
     status, out, _ = autoresearch("run", "--dry-run")

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from toylab import SOLUTION, Lab, change, check_books, ended, eventually, when
 
-from jobs import submission
+from jobs import config, controller, night, submission
 from jobs.errors import Paused, UserError
 
 MakeLab = Callable[..., Lab]
@@ -414,6 +415,38 @@ def test_it_ends_when_its_time_is_up(make_lab: MakeLab) -> None:
     assert 2.0 < time.monotonic() - begun < 20
     assert 1 < len(lab.state.records) < 40
     check_books(lab)
+
+
+def test_hours_and_until_end_a_night_whichever_comes_first() -> None:
+    began = datetime(2026, 11, 26, 22, 0).astimezone()
+    for limits, hours in (
+        ({"until": "07:30"}, 9.5),
+        ({"hours": 3, "until": "07:30"}, 3),
+        ({"hours": 12, "until": "07:30"}, 9.5),
+    ):
+        settings = config.parse({"campaign": "night", "limits": limits})
+        end = controller._deadline(settings, began.isoformat())
+        assert end == began + timedelta(hours=hours)
+
+
+def test_a_night_that_was_cut_off_and_is_over_meanwhile_is_closed_in_words(
+    make_lab: MakeLab,
+) -> None:
+    lab = make_lab(change(X=1, NAP=1), limits={"hours": 0.0005})
+    assert lab.call(AUTORESEARCH_KILL_AT="run.submit:after:1")[0] == -signal.SIGKILL
+    time.sleep(2)
+    assert lab.run().startswith("time is up")
+    assert any("the night that was cut off is over" in line for line in lab.lines)
+    lab.configure(limits={"hours": 0.01})
+    assert lab.run() != ""
+    assert lab.verdicts() == {"baseline": "keep", "X 1, NAP 1": "keep"}
+
+
+def test_how_far_the_runs_are_is_shown_while_they_run(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1, NAP=3), limits={"experiments": 2})
+    shown: list[str] = []
+    night.run(config.load(lab.root / "campaign.yaml"), lab.root, print, shown.append)
+    assert "e0002 s1 starting" in shown
 
 
 def test_changed_settings_of_a_branch_count_from_the_next_start(make_lab: MakeLab) -> None:

@@ -10,7 +10,7 @@ import pytest
 from story import Story
 
 from agent import constants
-from jobs import demo, lab
+from jobs import campaign, cli, demo, lab
 from jobs.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,38 @@ def test_the_detuned_program_differs_in_its_named_constants_alone() -> None:
         assert new[name] == pytest.approx(old[name] * factor)
     for scale in ("h100", "small"):
         assert constants.values(shipped, scale) == constants.values(worse, scale)
+
+
+def test_the_demonstration_of_a_detuned_program_runs_to_its_closing_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, with the least of training; what it finds in so few steps means nothing."""
+    monkeypatch.setattr(demo, "TOKENS", 12 * 2048)
+    monkeypatch.setattr(demo, "RERUNS", 0)
+    monkeypatch.setenv("CXX", "none")  # so few steps compile for longer than they train
+    lines: list[str] = []
+    folder = tmp_path / "demo"
+    (tmp_path / ".demo.draft").mkdir()  # as a kill left it
+    assert demo.run(folder, True, 1, lines.append, lambda text: None) == 0
+    said = "\n".join(lines)
+    assert (folder / lab.PROGRAM).read_text() == demo.worsened(
+        (lab.TRAINER / "train.py").read_text()
+    )
+    state = campaign.read(folder / "campaigns" / "demo")
+    assert [r.branch for r in state.experiments()].count("reference") == 1
+    assert len(state.records) == 3
+    assert all(r.runs[0].ok for r in state.experiments())
+    assert f"table:  {folder}/campaigns/demo/results.tsv" in said
+    assert f"report: {folder}/campaigns/demo/report/index.html" in said
+    assert Path(folder, "campaigns/demo/report/index.html").exists()
+    assert demo.run(folder, True, 1, lines.append, lambda text: None) == 0  # nothing is run again
+    assert len(campaign.read(folder / "campaigns" / "demo").records) == 3
+
+
+def test_a_number_of_experiments_that_is_none_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--experiments", "-5"])
+    assert ended.value.code == 2
 
 
 def test_another_lab_is_not_taken_for_a_demonstration(tmp_path: Path) -> None:

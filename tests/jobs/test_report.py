@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -54,6 +55,21 @@ def test_status_json_has_the_keys_that_scripts_rely_on() -> None:
         counts = [branch[k] for k in ("kept", "discarded", "crashed", "running")]
         assert sum(counts) == branch["experiments"]
     assert found["branches"]["other"]["running"] == 1
+
+
+@pytest.mark.parametrize(
+    ("executor", "gpus"),
+    [
+        ({"kind": "local"}, 1),
+        ({"kind": "slurm", "gpus": "1"}, 1),
+        ({"kind": "slurm", "gpus": "h:2"}, 2),
+    ],
+)
+def test_gpu_seconds_count_every_gpu_of_a_run(executor: dict[str, str], gpus: int) -> None:
+    state = dataclasses.replace(long_night(5).state, config={"executor": executor})
+    found = report.summary(state)["gpu_seconds"]
+    assert found == {"allocated": state.allocated_s * gpus, "training": state.training_s * gpus}
+    assert found["training"] > 0
 
 
 def test_an_empty_campaign_has_nulls_and_can_be_shown() -> None:
@@ -286,7 +302,7 @@ def test_the_branch_reads_as_a_lab_notebook_in_git_log(tmp_path: Path) -> None:
     assert "1 rerun on fresh seeds: 2.170000" in text
 
 
-def test_status_of_a_long_campaign_from_its_snapshot_is_quick(tmp_path: Path) -> None:
+def test_status_from_a_snapshot_says_what_the_whole_ledger_says(tmp_path: Path) -> None:
     night = long_night(300)
     path = tmp_path / "ledger.jsonl"
     path.write_bytes(b"".join(json.dumps(e).encode() + b"\n" for e in night.events))
