@@ -23,7 +23,7 @@ class Scripted:
     description (required), hypothesis, tags, file (default: the first editable one), and
     `replace: [[old, new], ...]`, each old text being there exactly once, or
     `set: {NAME: number}` for constants of the active block. The n-th proposal of a branch is the
-    n-th edit, so resuming needs nothing of its own.
+    n-th edit, so resuming needs nothing of its own; an edit that cannot be run ends the script.
     """
 
     def __init__(self, settings: Any) -> None:

@@ -11,6 +11,7 @@ from tests.bench import (
     bench_attention,
     bench_branches,
     bench_constants,
+    bench_demo,
     bench_feed,
     bench_gpu,
     bench_referee,
@@ -53,6 +54,23 @@ def test_constants() -> None:
     assert {variant.name for variant in tried} == set(block)
     for variant in tried:
         assert bench_constants.changed(shipped, "cpu", variant) != shipped
+
+
+def test_demo() -> None:
+    lines = [
+        "on fresh seeds (3 each):",
+        "  first e0001  1.9016 +- 0.0362   baseline",
+        "  best  e0009  1.7937 +- 0.0409   matrix_rate 0.04",
+        "  gain 0.1079 val_bpb (the campaign's own seed said 0.1000)",
+        "  shipped  1.8461 +- 0.0158",
+        "  detuning cost 0.0555; the campaign recovered 194% of it",
+    ]
+    assert bench_demo.told("\n".join(lines)) == {
+        "shipped": "1.8461 +- 0.0158",
+        "first": "1.9016 +- 0.0362",
+        "best": "1.7937 +- 0.0409",
+        "said": f"{lines[3].strip()}; {lines[5].strip()}",
+    }
 
 
 def test_feed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
