@@ -338,14 +338,12 @@ def push(arguments: argparse.Namespace) -> int:
     from jobs.repository import Repository
 
     repository, config = Repository(_root(arguments)), _config(arguments)
-    ledger = _directory(arguments) / "ledger.jsonl"
-    if holder := _holder(arguments):
-        told = f"it is run here by {holder}; what that has not copied into git yet is not sent"
-        print(f"autoresearch push: {told}", file=sys.stderr)
-    elif ledger.exists():
-        campaign.restore(config, _root(arguments))  # else records that are newer would be lost
-        report.mirror_notes(repository, _state(arguments)[0])
-        mirror.save_ledger(repository, config.campaign, ledger)
+    if (_directory(arguments) / "ledger.jsonl").exists():
+        if not _holder(arguments):  # else records that are newer would be lost
+            campaign.restore(config, _root(arguments))
+        state, directory = _state(arguments)
+        report.mirror_notes(repository, state)
+        mirror.save_ledger(repository, config.campaign, directory / "ledger.jsonl")
     mirror.push(repository, arguments.remote, config.campaign)
     print(f"{config.campaign}: sent to {arguments.remote}")
     return 0

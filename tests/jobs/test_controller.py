@@ -18,8 +18,9 @@ import pytest
 import yaml
 from toylab import SOLUTION, Lab, change, check_books, ended, eventually, when
 
-from jobs import submission
+from jobs import controller, mirror, submission
 from jobs.errors import Paused, UserError
+from jobs.repository import Repository
 
 MakeLab = Callable[..., Lab]
 
@@ -435,3 +436,26 @@ def test_a_score_by_another_referee_is_not_compared(
     monkeypatch.setattr("containers.seal.evaluator_sha256", lambda folder: "another")
     with pytest.raises(Paused, match="evaluator changed since this campaign began"):
         lab.run()
+
+
+# -- its books ------------------------------------------------------------------------------------
+
+
+def test_records_and_notes_reach_git_while_it_runs(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once what the start found; then after so many decisions, or when so much time is over."""
+    monkeypatch.setattr(controller, "MIRROR_S", 0.0)
+    lab = make_lab(change(X=1), limits={"experiments": 2})
+    seen: list[tuple[int, int]] = []
+
+    def look(line: str) -> None:
+        if line.startswith(("e0001", "e0002")):
+            repository = Repository(lab.root)
+            seen.append(
+                (len(mirror.load_ledger(repository, lab.name)), len(mirror.noted(repository)))
+            )
+
+    lab.run(look)
+    assert [notes for _, notes in seen] == [0, 1]
+    assert 0 < seen[0][0] < seen[1][0]
