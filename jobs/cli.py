@@ -357,11 +357,13 @@ def fetch(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if holder := _holder(arguments):
         raise LeaseHeld(f"{config.campaign} is run here by {holder}. Stop that first")
-    mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
+    stays = mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
     campaign.restore(config, _root(arguments))
     state, directory = _state(arguments)
     tables.write_tables(directory, state)
     print(f"{config.campaign}: {len(state.records)} experiments, in {directory}")
+    if stays:
+        print(f"autoresearch fetch: {stays}", file=sys.stderr)
     return 0
 
 

@@ -364,7 +364,8 @@ class Controller:
         why = f"{record.reason} ({self.journal.state.results(name)[-1].reason})"
         reason = f"its baseline {name} has no score: {why}"
         self.say(f"{record.branch} is paused: {reason}")
-        self.journal.record("branch_paused", branch=record.branch, reason=reason)
+        if self.journal.state.branch(record.branch).paused != BY_ORDER:  # that outlasts a start
+            self.journal.record("branch_paused", branch=record.branch, reason=reason)
 
     def _require_a_branch(self) -> None:
         """Raises Paused where every branch came to grief and nothing is under way."""

@@ -13,7 +13,7 @@ from jobs.effects import effect
 from jobs.errors import AutoresearchError, Paused, UserError
 from jobs.names import check_name, records_ref
 from jobs.objects import FILE, TREE, Entry, Objects
-from jobs.repository import Move, RefMoved, Repository
+from jobs.repository import BranchInUse, Move, RefMoved, Repository
 from jobs.tables import write_whole
 from jobs.text import lines
 
@@ -182,11 +182,14 @@ def push(repository: Repository, remote: str, campaign: str) -> None:
     _transfer(repository, remote, ["push", "-q", "--recurse-submodules=no"], specs)
 
 
-def fetch(repository: Repository, remote: str, campaign: str) -> None:
+def fetch(repository: Repository, remote: str, campaign: str) -> str | None:
     """Get a campaign's branches, attempts, records and the notes from a remote (name or URL).
 
     Notes of both sides are merged; where both have one for a commit, this clone's stays. What has
     gone further here than there stays, too.
+
+    Returns:
+        In words, which branch stays where it is since it is checked out here; all else came.
 
     Raises:
         UserError: an odd remote, or no such campaign there.
@@ -206,9 +209,14 @@ def fetch(repository: Repository, remote: str, campaign: str) -> None:
         if not any(ref.startswith(f"refs/autoresearch/{campaign}/") for ref in came):
             raise UserError(f"{remote} has no campaign {campaign!r}")
         notes = [came.pop(ref) for ref in list(came) if ref.startswith(NOTES)]
-        repository.point_all(_moves(repository, campaign, came))
+        stays = None
+        try:
+            repository.point_all(_moves(repository, campaign, came))
+        except BranchInUse as error:  # the user's checkout; the next fetch or start moves it
+            stays = str(error)
         if notes:
             _merge_notes(repository)
+        return stays
     finally:
         _forget_incoming(repository)
 
