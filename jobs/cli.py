@@ -375,6 +375,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     clone = _clone(arguments)
     asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
     wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
+    if (holder := _holder(arguments)) and (slow := reproduce.alongside(clone, wish, holder)):
+        print(f"autoresearch reproduce: {slow}", file=sys.stderr)
     screen = Screen(sys.stderr if arguments.json else sys.stdout)
     if arguments.all_keeps:
         branches = clone.state.branches

@@ -218,7 +218,7 @@ def test_a_machine_whose_gpus_are_hidden_has_none(
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert submission._visible_gpus() == seen
+        assert submission.visible_gpus() == seen
 
 
 def test_each_run_has_a_gpu_of_its_own_also_after_a_restart(make_lab: MakeLab) -> None:

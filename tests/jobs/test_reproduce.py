@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import ended
 import pytest
 import toylab
+import yaml
 from ended import autoresearch
 from toylab import Lab, change
 
 from containers import images, remote
-from jobs import container, mirror, process, submission, verdict
+from jobs import container, lease, mirror, process, recorded, reproduce, submission, verdict
 from jobs import lab as labs
 from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Result, Submission, to_json
 from jobs.repository import Repository
+from jobs.settings import Executor as Settings
 from jobs.verdict import Spread
 
 
@@ -139,6 +143,69 @@ def test_a_signal_ends_the_runs_of_a_rerun_and_then_the_command(
     assert len(list(fresh.glob(f"campaigns/{again}"))) == 1  # and no other began
 
 
+# -- where it runs --------------------------------------------------------------------------------
+
+
+def test_beside_the_campaigns_own_runs_it_would_share_a_gpu_and_is_refused(
+    fresh: Path, toy: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lease.acquire(fresh / "campaigns" / toy.name):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        status, said = autoresearch(fresh, "reproduce", "e0002")
+        assert (status, f"is run here by process {os.getpid()}" in said) == (2, True), said
+        assert "autoresearch stop, reproduce, autoresearch run" in said
+        assert not list(fresh.glob("campaigns/*/reproductions"))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        status, said = autoresearch(fresh, "reproduce", "e0002")
+        assert (status, "its runs and these slow each other down" in said) == (0, True), said
+    assert "slow" not in autoresearch(fresh, "reproduce", "e0002")[1]
+
+
+class Elsewhere(submission.LocalExecutor):
+    """Takes this machine for a cluster, and tells what was asked of it."""
+
+    asked: list[tuple[Settings, Mapping[str, str]]]
+
+    def __init__(self, settings: Settings, campaign_dir: Path) -> None:
+        super().__init__(settings, campaign_dir)
+        self.settings = settings
+
+    def submit(self, run, name, run_dir, limit_s, avoid, place):
+        self.asked.append((self.settings, place))
+        return super().submit(run, name, run_dir, limit_s, avoid, place)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, Mapping[str, str]]]:
+    monkeypatch.setattr(submission, "executor", Elsewhere)
+    monkeypatch.setattr(submission, "require", lambda *asked: None)
+    monkeypatch.setattr(Elsewhere, "asked", [], raising=False)
+    return Elsewhere.asked
+
+
+def test_an_allocation_holds_no_more_than_the_reruns_fill(
+    toy: Lab, fresh: Path, asked: list
+) -> None:
+    held = {"kind": "allocation", "nodes": 3, "slots": 6, "poll_seconds": 0.2}
+    (fresh / "campaign.yaml").write_text(yaml.safe_dump(toy.settings | {"executor": held}))
+    for words, wanted in (((), (1, 1)), (("--times", "3"), (2, 3)), (("--times", "9"), (3, 6))):
+        asked.clear()
+        assert autoresearch(fresh, "reproduce", "e0002", *words)[0] == 0
+        assert {(s.nodes, s.slots) for s, _ in asked} == {wanted}
+
+
+def test_it_asks_for_its_branchs_feature_and_gpu_and_not_for_its_node(
+    make_lab, asked: list
+) -> None:
+    place = {"node": "n1", "constraint": "fast", "gpu": "h100"}
+    slurm = {"kind": "slurm", "poll_seconds": 0.2}
+    lab = make_lab(branches={"main": place}, executor=slurm, limits={"experiments": 1})
+    lab.run()
+    for words in ((), ("--executor", "local")):
+        assert autoresearch(lab.root, "reproduce", "e0001", *words)[0] == 0
+    assert [found for _, found in asked] == [place, {"constraint": "fast", "gpu": "h100"}, {}]
+
+
 # -- what is not an experiment, not here, not unique -----------------------------------------------
 
 
@@ -197,6 +264,25 @@ def test_a_wish_that_makes_no_sense_is_refused_before_anything_starts(
     assert not list(fresh.glob("campaigns/*/reproductions"))
 
 
+# -- the settings it ran with ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def second(tiny: Lab) -> recorded.Original:
+    """e0002 of the campaign with real runs."""
+    clone = recorded.Clone(tiny.state, Repository(tiny.root), tiny.folder)
+    return recorded.original(clone, tiny.state.record("e0002"))
+
+
+def test_a_configured_wall_limit_holds_for_the_configured_length_alone(
+    second: recorded.Original,
+) -> None:
+    run = dataclasses.replace(second.config.run, wall_limit=60.0)
+    one = dataclasses.replace(second, config=dataclasses.replace(second.config, run=run))
+    for wish, limit in (({}, 60.0), ({"budget": 2.0**20}, None), ({"scale": "small"}, None)):
+        assert reproduce.Wish(**wish).settings(one, None).run.wall_limit == limit
+
+
 # -- what must be the same ------------------------------------------------------------------------
 
 
@@ -221,6 +307,8 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
 
     status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "0.5")
     assert (status, "tokens are whole" in said) == (2, True), said
+    status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "2047")
+    assert (status, "a batch of scale cpu is 2048 tokens" in said) == (2, True), said
     status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "4096", "--json")
     (told,) = json.loads(said[said.index("[") :])
     assert (status, told["changed"], told["verdict"]) == (0, ["budget 4096.0"], "reproduced")
