@@ -19,8 +19,8 @@ import yaml
 from ended import autoresearch
 from toylab import Lab, change
 
-from containers import images, remote
-from jobs import container, lease, mirror, process, recorded, reproduce, submission, verdict
+from containers import images, remote, seal
+from jobs import config, container, lease, mirror, process, recorded, reproduce, submission, verdict
 from jobs import lab as labs
 from jobs.errors import UserError
 from jobs.history import State
@@ -283,6 +283,41 @@ def test_a_configured_wall_limit_holds_for_the_configured_length_alone(
         assert reproduce.Wish(**wish).settings(one, None).run.wall_limit == limit
 
 
+def test_threads_and_budget_are_those_of_its_run_though_the_settings_changed_since(
+    make_lab,
+) -> None:
+    lab = make_lab(change(X=1), executor={"threads": 3}, limits={"experiments": 1})
+    lab.configure(budget={"tokens": 7000})
+    lab.run()
+    lab.configure(executor={"threads": 1, "slots": 2}, budget={"tokens": 5000})
+    lab.configure(limits={"experiments": 2})
+    lab.run()
+    here = config.load(lab.root / "campaign.yaml")
+    clone = recorded.Clone(lab.state, Repository(lab.root), lab.folder, here)
+    for name, threads, tokens in (("e0001", 3, 7000), ("e0002", 1, 5000)):
+        found = recorded.original(clone, lab.state.record(name)).settings(here)
+        assert (found.executor.threads, found.budget.tokens) == (threads, tokens)
+        assert found.executor.slots == 2  # where it runs is this place's
+
+
+def test_a_gain_is_looked_for_at_another_scale_too(tiny: Lab, tmp_path: Path) -> None:
+    folder, data = ended.clone(tiny, tmp_path / "clone"), tmp_path / "data"
+    assert autoresearch(folder, "fetch", "origin")[0] == 0
+    shutil.copytree(ended.runs.data_folder(), data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["scale"]["name"] = "small"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    wish = ("--scale", "small", "--budget", "1", "--data", str(data), "--json")
+    status, said = autoresearch(folder, "reproduce", "e0002", *wish)
+    (told,) = json.loads(said[said.index("[") :])
+    assert (status, told["verdict"]) == (0, "reproduced"), said
+    assert told["changed"] == ["budget 1.0", "scale small"]
+    for run in Path(told["folder"]).glob("runs/*/*/result.json"):
+        result = json.loads(run.read_text())
+        assert (result["scale"], result["budget"]) == ("small", {"kind": "wall", "amount": 1.0})
+    assert told["baseline"][0]["metric"] > told["runs"][0]["metric"]
+
+
 # -- what must be the same ------------------------------------------------------------------------
 
 
@@ -497,12 +532,15 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def put(store: Path, content: str, tag: str) -> images.Image:
-    """A file in the store that passes for an image."""
+def put(store: Path, content: str, tag: str, *packages: str) -> images.Image:
+    """A file in the store that passes for an image, with our evaluator sealed in it."""
     store.mkdir(exist_ok=True)
     file = store / "draft"
     file.write_text(content)
-    bare = images.Image(images.sha256(file), "", 0, 0, "Bootstrap: none", {}, (content,), "a test")
+    labels = {"autoresearch.evaluator.sha256": seal.evaluator_sha256(labs.TRAINER)}
+    labels["autoresearch.protocol"] = "1"
+    facts = ("Bootstrap: none", labels, packages or (content,), "a test")
+    bare = images.Image(images.sha256(file), "", 0, 0, *facts)
     made = images.add(store, file, bare)
     images.tag(store, made.sha256, tag)
     return made
@@ -553,3 +591,32 @@ def test_records_keep_what_an_image_was_and_where_it_may_be_had(store: Path) -> 
     assert kept[f"image-{image.sha256[:16]}.def"] == b"Bootstrap: none"
     assert json.loads(kept[f"image-{image.sha256[:16]}.json"])["packages"] == ["first"]
     assert container.records(None) == {}
+
+
+def test_a_rebuilt_image_in_place_of_one_that_is_gone_is_flagged_and_its_packages_compared(
+    fresh: Path, toy: Lab, store: Path
+) -> None:
+    here = config.parse({"campaign": toy.name, "executor": {"images": str(store)}})
+    clone = recorded.Clone(toy.state, Repository(fresh), fresh / "campaigns" / toy.name, here)
+    gone = put(store, "first", "cpu", "numpy 2.4", "torch 2.13")
+    Path(gone.path).unlink()
+    one = recorded.original(clone, toy.state.record("e0002"))
+    trailers = {"Container-Tag": "cpu", "Container-SHA256": gone.sha256}
+    one = dataclasses.replace(one, trailers={**one.trailers, **trailers})
+
+    def beside(tag: str | None) -> tuple[str, bool]:
+        wish = reproduce.Wish(image=tag)
+        site = reproduce.checked_site(one, wish, wish.settings(one, here), clone, print)
+        return reproduce._other_image(one, site, clone)
+
+    with pytest.raises(UserError, match="build its like"):
+        beside(None)
+    same = put(store, "second", "again", "numpy 2.4", "torch 2.13")
+    put(store, "third", "newer", "numpy 2.4", "torch 2.14")
+    flag = f"image was {gone.sha256}, is {same.sha256}: "
+    # of an image that nothing is recorded of, nothing is known to be the same
+    assert beside("again") == (f"{flag}2 packages differ, numpy 2.4, torch 2.13", False)
+    mirror.save_records(clone.repository, toy.name, container.records(gone))
+    assert beside("again") == (f"{flag}0 packages differ", True)
+    told, alike = beside("newer")
+    assert (told.partition(": ")[2], alike) == ("2 packages differ, torch 2.13, torch 2.14", False)
