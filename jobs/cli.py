@@ -21,7 +21,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused: a person is needed."""
+    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused: a person is needed;
+    4 not comparable (reproduce), 130 ended at once by Ctrl-C (run: by the second)."""
     arguments = parser().parse_args(argv)
     try:
         with keys.taken():
