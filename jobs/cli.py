@@ -21,7 +21,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused: a person is needed."""
+    """Run one command. Exit status: 0 done, 1 failed, 2 wrong use, 3 paused: a person is needed;
+    4 not comparable (reproduce), 130 ended at once by Ctrl-C (run: by the second)."""
     arguments = parser().parse_args(argv)
     try:
         with keys.taken():
@@ -364,14 +365,12 @@ def push(arguments: argparse.Namespace) -> int:
     from jobs.repository import Repository
 
     repository, config = Repository(_root(arguments)), _config(arguments)
-    ledger = _directory(arguments) / "ledger.jsonl"
-    if holder := _holder(arguments):
-        told = f"it is run here by {holder}; what that has not copied into git yet is not sent"
-        print(f"autoresearch push: {told}", file=sys.stderr)
-    elif ledger.exists():
-        campaign.restore(config, _root(arguments))  # else records that are newer would be lost
-        report.mirror_notes(repository, _state(arguments)[0])
-        mirror.save_ledger(repository, config.campaign, ledger)
+    if (_directory(arguments) / "ledger.jsonl").exists():
+        if not _holder(arguments):  # else records that are newer would be lost
+            campaign.restore(config, _root(arguments))
+        state, directory = _state(arguments)
+        report.mirror_notes(repository, state)
+        mirror.save_ledger(repository, config.campaign, directory / "ledger.jsonl")
     mirror.push(repository, arguments.remote, config.campaign)
     print(f"{config.campaign}: sent to {arguments.remote}")
     return 0
@@ -385,11 +384,13 @@ def fetch(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if holder := _holder(arguments):
         raise LeaseHeld(f"{config.campaign} is run here by {holder}. Stop that first")
-    mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
+    stays = mirror.fetch(Repository(_root(arguments)), arguments.remote, config.campaign)
     campaign.restore(config, _root(arguments))
     state, directory = _state(arguments)
     tables.write_tables(directory, state)
     print(f"{config.campaign}: {len(state.records)} experiments, in {directory}")
+    if stays:
+        print(f"autoresearch fetch: {stays}", file=sys.stderr)
     return 0
 
 
@@ -401,6 +402,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     clone = _clone(arguments)
     asked = (arguments.times, arguments.executor, arguments.data, arguments.image)
     wish = reproduce.Wish(*asked, arguments.budget, arguments.scale, _numbers(arguments.set))
+    if (holder := _holder(arguments)) and (slow := reproduce.alongside(clone, wish, holder)):
+        print(f"autoresearch reproduce: {slow}", file=sys.stderr)
     screen = Screen(sys.stderr if arguments.json else sys.stdout)
     if arguments.all_keeps:
         branches = clone.state.branches

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -37,7 +38,8 @@ from jobs.until import deadline
 SHOW_S = 1.0  # between two looks around while nothing moves
 TICK_S = 0.02  # between two looks at the world
 CLUSTER_TICK_S = 0.25  # where every look is a request to a file server that others share
-MIRROR_EVERY = 50  # decisions between two copies of the records into git
+MIRROR_EVERY = 50  # decisions between two copies of the records into git,
+MIRROR_S = 600.0  # or seconds, where decisions are that rare
 
 Events = list[tuple[str, Mapping[str, Any]]]
 
@@ -73,7 +75,9 @@ class Controller:
         self._interrupts = 0
         self._tick_s = TICK_S if self.config.executor.kind == "local" else CLUSTER_TICK_S
         self._tables = Tables(self.folder)
-        self._unmirrored = 0  # decisions since the records were last copied into git
+        # Decisions since the records were last copied into git, at that monotonic time; what a
+        # start finds is due at once: its campaign may be pushed or bundled before a decision.
+        self._unmirrored, self._mirrored = 1, -math.inf
         self._deadline = _deadline(self.config, opened.state.night[1])
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -133,6 +137,7 @@ class Controller:
             self.proposals.ask()
             self._require_a_branch()
             self._launch()
+        self._mirror_if_due()
         self.journal.snapshot()
 
     def _look_around(self) -> None:
@@ -368,7 +373,8 @@ class Controller:
         why = f"{record.reason} ({self.journal.state.results(name)[-1].reason})"
         reason = f"its baseline {name} has no score: {why}"
         self.say(f"{record.branch} is paused: {reason}")
-        self.journal.record("branch_paused", branch=record.branch, reason=reason)
+        if self.journal.state.branch(record.branch).paused != BY_ORDER:  # that outlasts a start
+            self.journal.record("branch_paused", branch=record.branch, reason=reason)
 
     def _require_a_branch(self) -> None:
         """Raises Paused where every branch came to grief and nothing is under way."""
@@ -391,8 +397,11 @@ class Controller:
     def _keep_books(self) -> None:
         self._write_tables()
         self._unmirrored += 1
-        if self._unmirrored >= MIRROR_EVERY:
-            self._unmirrored = 0
+
+    def _mirror_if_due(self) -> None:
+        """In batches, since each costs as much as a hundred; yet none waits for long."""
+        late = self._unmirrored and time.monotonic() - self._mirrored >= MIRROR_S
+        if late or self._unmirrored >= MIRROR_EVERY:
             self._mirror()
 
     def _write_tables(self) -> None:
@@ -401,6 +410,7 @@ class Controller:
 
     def _mirror(self) -> None:
         """Notes and records into git, from where the campaign can be rebuilt; a sweep first."""
+        self._unmirrored, self._mirrored = 0, time.monotonic()
         with effect("run.tidy"):
             disk.sweep_jobs(self.folder, {run.folder for run in self.journal.state.running()})
         report.mirror_notes(self.repository, self.journal.state)

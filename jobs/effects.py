@@ -27,10 +27,10 @@ BOUNDARIES: tuple[str, ...] = (
     "snapshot.write",
     "inbox.take",  # an order's file is removed once it is in the ledger
     "git.exclude",  # the campaigns' folder in .git/info/exclude
-    "git.objects",  # blobs, trees and the commit of an experiment, unreferenced
+    "git.objects",  # blobs, trees and a commit, unreferenced: of an experiment, notes, records
     "git.ref",  # refs/autoresearch/<campaign>/<experiment>
     "git.branch",  # compare-and-swap of autoresearch/<campaign>/<branch>
-    "git.notes",
+    "git.notes",  # notes from their objects to their ref
     "git.pack",
     "run.snapshot",  # the commit's files put where the run finds them
     "run.folder",  # the run's folder and task.json

@@ -409,7 +409,10 @@ class _Fold:
         if verdict == "measure":
             return
         self.in_flight.pop(record.id)
-        self.parked_in_row = self.parked_in_row + 1 if verdict == "parked" else 0
+        if verdict != "parked":
+            self.parked_in_row = 0
+        elif record.parent is not None:  # a baseline's pauses its branch, the others go on
+            self.parked_in_row += 1
         branch = self.branch(record.branch)
         if verdict == "keep":
             _keep(branch, record, direction_of(self.config))

@@ -6,14 +6,14 @@ With its records a campaign can be rebuilt from git alone, in any clone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jobs.effects import effect
 from jobs.errors import AutoresearchError, Paused, UserError
 from jobs.names import check_name, records_ref
 from jobs.objects import FILE, TREE, Entry, Objects
-from jobs.repository import Move, RefMoved, Repository
+from jobs.repository import BranchInUse, Move, RefMoved, Repository
 from jobs.tables import write_whole
 from jobs.text import lines
 
@@ -29,26 +29,37 @@ def note(repository: Repository, notes: Mapping[str, str]) -> None:
     Costs about the same for one as for a hundred, so callers may collect them. Raises Paused: git
     could not write, or others write notes without pause.
     """
-    write = repository.objects.write
-    with repository.writing():
-        blobs = {
-            c: write("blob", f"{lines(t)}\n".encode("utf-8", "replace")) for c, t in notes.items()
-        }
+    texts = {c: f"{lines(text)}\n".encode("utf-8", "replace") for c, text in notes.items()}
+
+    def noted(old: str | None) -> str:
+        blobs = {c: repository.objects.write("blob", text) for c, text in texts.items()}
+        return _with_notes(repository.objects, old, blobs)
+
+    with effect("git.notes"):
+        _advance(repository, NOTES, "Notes of autoresearch", noted)
+
+
+def _advance(
+    repository: Repository, ref: str, message: str, change: Callable[[str | None], str]
+) -> None:
+    """Put a commit of the tree that `change` makes of the present one (None: none) on a ref.
+
+    Raises Paused: git could not write, or others write there without pause.
+    """
     for _ in range(TRIES):
-        head = repository.objects.resolve(f"{NOTES}^{{commit}}")
+        head = repository.objects.resolve(f"{ref}^{{commit}}")
         old = repository.tree(head) if head else None
-        with repository.writing():
-            tree = _with_notes(repository.objects, old, blobs)
+        with effect("git.objects"), repository.writing():
+            tree = change(old)
             if tree == old:
                 return
-            new = repository.write_commit(tree, [head] if head else [], "Notes of autoresearch\n")
+            new = repository.write_commit(tree, [head] if head else [], f"{message}\n")
         try:
-            with effect("git.notes"):
-                repository.point(NOTES, new, head)
+            repository.point(ref, new, head)
             return
         except RefMoved:
-            continue  # another campaign of this clone, or a person, wrote a note meanwhile
-    raise Paused(f"{NOTES} moved {TRIES} times while a note was written", "Start again")
+            continue  # another campaign of this clone, a push, or a person wrote meanwhile
+    raise Paused(f"{ref} moved {TRIES} times while it was written", "Start again")
 
 
 def _with_notes(
@@ -81,20 +92,18 @@ def noted(repository: Repository) -> set[str]:
 def save_records(repository: Repository, campaign: str, records: Mapping[str, bytes]) -> None:
     """Keep these records (name or path -> bytes) beside those that are kept already.
 
-    Raises:
-        Paused: git could not write.
-        RefMoved: another controller of the same campaign wrote records.
+    Raises Paused: git could not write, or others write records without pause.
     """
-    ref = records_ref(campaign)
-    head = repository.objects.resolve(f"{ref}^{{commit}}")
-    old = repository.tree(head) if head else None
-    with repository.writing():
-        tree = repository.objects.replace_files(old, records)
-        if tree == old:
-            return
-        parents = [head] if head else []
-        new = repository.write_commit(tree, parents, f"Records of campaign {campaign}\n")
-    repository.point(ref, new, head)
+    _save(repository, campaign, lambda old: records)
+
+
+def _save(
+    repository: Repository, campaign: str, due: Callable[[str | None], Mapping[str, bytes]]
+) -> None:
+    def change(old: str | None) -> str:
+        return repository.objects.replace_files(old, due(old))
+
+    _advance(repository, records_ref(campaign), f"Records of campaign {campaign}", change)
 
 
 def load_records(repository: Repository, campaign: str) -> dict[str, bytes]:
@@ -112,17 +121,23 @@ def load_records(repository: Repository, campaign: str) -> dict[str, bytes]:
 def save_ledger(
     repository: Repository, campaign: str, ledger: Path, others: Mapping[str, bytes] | None = None
 ) -> None:
-    """Keep the ledger, in chunks, and other records with it; reads only what is not kept yet."""
-    head = repository.objects.resolve(f"{records_ref(campaign)}^{{commit}}")
-    kept = head and repository.objects.find(repository.tree(head), "ledger")
-    number = max(0, len(repository.objects.tree(kept.sha)) - 1) if kept else 0
-    records = dict(others or {})
-    with open(ledger, "rb") as file:
-        file.seek(number * CHUNK)  # the last one kept may have been half full
-        while chunk := file.read(CHUNK):
-            records[f"ledger/{number:06}"] = chunk
-            number += 1
-    save_records(repository, campaign, records)
+    """Keep the ledger, in chunks, and other records with it; reads only what is not kept yet.
+
+    Its writer and `autoresearch push` may do so at once.
+    """
+
+    def due(old: str | None) -> dict[str, bytes]:
+        kept = old and repository.objects.find(old, "ledger")
+        number = max(0, len(repository.objects.tree(kept.sha)) - 1) if kept else 0
+        records = dict(others or {})
+        with open(ledger, "rb") as file:
+            file.seek(number * CHUNK)  # the last one kept may have been half full
+            while chunk := file.read(CHUNK):
+                records[f"ledger/{number:06}"] = chunk
+                number += 1
+        return records
+
+    _save(repository, campaign, due)
 
 
 def load_ledger(repository: Repository, campaign: str) -> bytes:
@@ -167,11 +182,14 @@ def push(repository: Repository, remote: str, campaign: str) -> None:
     _transfer(repository, remote, ["push", "-q", "--recurse-submodules=no"], specs)
 
 
-def fetch(repository: Repository, remote: str, campaign: str) -> None:
+def fetch(repository: Repository, remote: str, campaign: str) -> str | None:
     """Get a campaign's branches, attempts, records and the notes from a remote (name or URL).
 
     Notes of both sides are merged; where both have one for a commit, this clone's stays. What has
     gone further here than there stays, too.
+
+    Returns:
+        In words, which branch stays where it is since it is checked out here; all else came.
 
     Raises:
         UserError: an odd remote, or no such campaign there.
@@ -191,9 +209,14 @@ def fetch(repository: Repository, remote: str, campaign: str) -> None:
         if not any(ref.startswith(f"refs/autoresearch/{campaign}/") for ref in came):
             raise UserError(f"{remote} has no campaign {campaign!r}")
         notes = [came.pop(ref) for ref in list(came) if ref.startswith(NOTES)]
-        repository.point_all(_moves(repository, campaign, came))
+        stays = None
+        try:
+            repository.point_all(_moves(repository, campaign, came))
+        except BranchInUse as error:  # the user's checkout; the next fetch or start moves it
+            stays = str(error)
         if notes:
             _merge_notes(repository)
+        return stays
     finally:
         _forget_incoming(repository)
 

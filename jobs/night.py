@@ -35,7 +35,8 @@ def run(
         if state.records:
             say(f"resumed at {len(state.records)} experiments")
         for branch in state.branches.values():
-            cast(branch)  # those that were added while it ran
+            if branch.retired is None:  # one that is may have lost its files
+                cast(branch)  # those that were added while it ran
         for line in _announced(config):
             say(line)
         executor = submission.executor(config.executor, opened.site.campaign_dir)

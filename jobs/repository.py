@@ -238,7 +238,10 @@ class Repository:
         self.point_all([(ref, new, old)])
 
     def point_all(self, moves: Sequence[Move]) -> None:
-        """`point` for many refs by one process; should one fail, each is tried by itself."""
+        """`point` for many refs by one process; should one fail, each is tried by itself.
+
+        Raises as `point` does: BranchInUse only where nothing worse befell another.
+        """
         if not moves:
             return
         used = (
@@ -254,7 +257,7 @@ class Repository:
             except AutoresearchError as error:
                 troubles.append(error)
         if troubles:
-            raise troubles[0]
+            raise min(troubles, key=lambda trouble: isinstance(trouble, BranchInUse))
 
     def _point_one(self, move: Move, now: str | None, used: Mapping[str, str]) -> None:
         ref, new, old = move

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from jobs import (
 )
 from jobs.errors import AutoresearchError, UserError
 from jobs.history import State
+from jobs.lease import Holder
 from jobs.model import Experiment, Result
 from jobs.recorded import INSTALL, Clone, Original, budgeted, kept, original, require
 from jobs.records import Record
@@ -33,6 +35,7 @@ from jobs.settings import Budget as Length
 from jobs.settings import Config
 from jobs.tables import value, write_whole
 from jobs.text import columns
+from trainer import prepare
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,32 @@ class Wish:
             kind, free = materialise.budget(chosen).kind, chosen.budget.startup_free
             if kind == "tokens" and self.budget != int(self.budget):
                 raise UserError(f"--budget {self.budget:g}: tokens are whole")
+            least = prepare.SCALES[chosen.data.scale].reference_batch_tokens
+            if kind == "tokens" and self.budget < least:
+                scale = f"scale {chosen.data.scale}"
+                raise UserError(f"--budget {self.budget:g}: a batch of {scale} is {least} tokens")
             chosen = replace(chosen, budget=budgeted(kind, self.budget, free))
+        if self.budget or self.scale:  # a limit in seconds was meant for the other length
+            chosen = replace(chosen, run=replace(chosen.run, wall_limit=None))
         return chosen
+
+
+def alongside(clone: Clone, wish: Wish, holder: Holder) -> str | None:
+    """In words, what reruns here and the runs of the campaign's live controller do to each other.
+
+    Raises UserError: they would share its GPUs, and no clock would be right.
+    """
+    then = config.parse(clone.state.config).executor.kind
+    kind = wish.executor or (clone.here.executor.kind if clone.here else then)
+    if (kind, then) != ("local", "local") or holder.process.host != socket.gethostname():
+        return None
+    told = f"campaign {clone.state.campaign} is run here by {holder}"
+    if submission.visible_gpus():
+        raise UserError(
+            f"{told}: on a GPU that both use, neither's scores would count. Wait for its end; or "
+            "autoresearch stop, reproduce, autoresearch run; or say --executor slurm"
+        )
+    return f"{told}: its runs and these slow each other down"
 
 
 # -- what it runs with ----------------------------------------------------------------------------
@@ -262,16 +289,16 @@ def _rerun(
     """Results of the experiment, and of its baseline where the wish changes something."""
     chosen, name = site.config, one.experiment.id
     job = f"{chosen.campaign}.again{site.campaign_dir.name}"  # no job of the campaign is named so
-    site = replace(site, config=replace(chosen, campaign=job))
-    site = campaign.export_scorer(site, clone.repository, clone.state)
     sources = {name: one}
     baseline = clone.state.branch(one.experiment.branch).baseline
     key = baseline or "", json.dumps(config.to_dict(chosen))
     if wish.other and baseline is not None and baseline != name and key not in beside:
         sources[baseline] = original(clone, clone.state.record(baseline))
     again = [_changed(source, wish, chosen, clone) for source in sources.values()]
-    state = rerun.afresh(clone.state, again, timed=not wish.other)
+    state = rerun.afresh(clone.state, again, timed=not wish.other, kind=chosen.executor.kind)
     wanted = [(each, source.run.seed) for each, source in sources.items()] * wish.times
+    chosen = replace(chosen, executor=rerun.enough(chosen.executor, len(wanted)), campaign=job)
+    site = campaign.export_scorer(replace(site, config=chosen), clone.repository, clone.state)
     executor = submission.executor(chosen.executor, site.campaign_dir)
     results = rerun.run_all(site, clone.repository, executor, state, wanted, show)
     if baseline in sources and baseline != name:

@@ -6,6 +6,7 @@ Nothing of this enters the campaign's ledger: what comes of it is told, and lies
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from jobs.model import Experiment, Result, Run, to_json
 from jobs.plan import Wanted
 from jobs.repository import Repository
 from jobs.runs import Runs
+from jobs.settings import Executor as Settings
 from jobs.submission import PLACE, Executor
 
 POLL_S = 0.1
@@ -34,12 +36,21 @@ class Memory(Journal):
         self.state = fold([{"event": name, **payload} for name, payload in events], self.state)
 
 
-def afresh(state: State, experiments: Sequence[Experiment], timed: bool) -> State:
+def enough(settings: Settings, runs: int) -> Settings:
+    """The settings with no more slots, and nodes held for them, than so many runs fill."""
+    slots, per_node = min(settings.slots, runs), math.ceil(settings.slots / settings.nodes)
+    return dataclasses.replace(settings, slots=slots, nodes=math.ceil(slots / per_node))
+
+
+def afresh(state: State, experiments: Sequence[Experiment], timed: bool, kind: str) -> State:
     """The state as if these experiments (changed ones, perhaps) had just been proposed.
 
     Args:
         timed: whether the baselines' times still say how long a run may train.
+        kind: of executor. Of a branch's place, GPU model and feature are part of what it measured,
+            and only Slurm can be asked for them; its node is not.
     """
+    dropped = ("node",) if kind == "slurm" else PLACE
     records = state.records.thaw()
     for one in experiments:
         old, told = state.record(one.id), {"experiment": to_json(one)}
@@ -47,7 +58,7 @@ def afresh(state: State, experiments: Sequence[Experiment], timed: bool) -> Stat
         records.replace(int(one.id[1:]) - 1, new)
     branches = {}
     for name, branch in state.branches.items():
-        settings = {k: v for k, v in branch.settings.items() if k not in PLACE}
+        settings = {k: v for k, v in branch.settings.items() if k not in dropped}
         first = branch.baseline if timed else None
         branches[name] = dataclasses.replace(branch, settings=settings, baseline=first)
     return dataclasses.replace(state, records=records, open_runs={}, branches=branches)

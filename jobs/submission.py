@@ -123,7 +123,7 @@ class LocalExecutor:
     def __init__(self, settings: Settings, campaign_dir: Path) -> None:
         self._runs = campaign_dir / "runs"
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._devices = _visible_gpus()
+        self._devices = visible_gpus()
         self._holders: dict[str, tuple[str, str]] = {}  # run id -> process, CUDA device
 
     def submit(
@@ -220,7 +220,7 @@ class LocalExecutor:
         """Runs are not ended: who starts the controller again adopts them."""
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """CUDA devices of this machine, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:  # empty: none of them

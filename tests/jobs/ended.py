@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from toylab import GIT, ROOT, Lab, change
@@ -38,7 +39,7 @@ def toy(root: Path) -> Lab:
     return lab
 
 
-def tiny(root: Path) -> Lab:
+def tiny(root: Path, on_line: Callable[[str], None] = lambda line: None) -> Lab:
     """e0001 baseline, e0002 kept: real referee, real data, a program that does not need torch."""
     lab = Lab(
         root,
@@ -53,7 +54,7 @@ def tiny(root: Path) -> Lab:
     lab.write("trainer/train.py", LEARNER)
     lab.git("add", "trainer", "campaign.yaml")
     lab.git("commit", "--quiet", "--message", "program")
-    lab.run()
+    lab.run(on_line)
     return lab
 
 

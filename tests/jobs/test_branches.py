@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ended import autoresearch
 from story import Story
-from toylab import GIT, Lab, change, check_books
+from toylab import GIT, Lab, change, check_books, when
 
 from agent import brief
 from agent.researcher import Context
@@ -105,20 +105,20 @@ def test_each_branch_asks_for_its_own_node_feature_and_gpu(make_lab: MakeLab, as
     check_books(lab)
 
 
-def test_a_place_that_does_not_exist_pauses_its_branch_alone(
+def test_places_that_do_not_exist_pause_their_branches_alone(
     make_lab: MakeLab, asked: list
 ) -> None:
+    lost = ("lost", "gone", "away")  # as many as would pause a campaign by their experiments
     lab = make_lab(
         change(X=1),
-        branches={"main": {}, "lost": {"node": "n9"}},
-        executor={"kind": "slurm", "slots": 2, "poll_seconds": 0.2},
+        branches={"main": {}} | {name: {"node": "n9"} for name in lost},
+        executor={"kind": "slurm", "slots": 4, "poll_seconds": 0.2},
     )
     lab.run()
-    lost = lab.state.branch("lost")
-    first = next(iter(lab.state.experiments("lost")))
-    assert "Invalid node name" in lab.state.results(first.id)[0].reason
-    assert lost.paused is not None
-    assert "has no score" in lost.paused
+    for name in lost:
+        first = next(iter(lab.state.experiments(name)))
+        assert "Invalid node name" in lab.state.results(first.id)[0].reason
+        assert "has no score" in (lab.state.branch(name).paused or "")
     assert lab.state.branch("main").best_metric == 9.0
 
 
@@ -196,6 +196,39 @@ def test_a_start_commit_that_does_not_exist_pauses_its_branch_alone(make_lab: Ma
     check_books(lab)
 
 
+def test_a_pause_by_order_outlasts_the_failure_of_its_baseline(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), branches={"main": {}, "side": {"start": "broken"}})
+    lab.git("checkout", "--quiet", "-b", "broken")
+    lab.write("solution.py", "import time\ntime.sleep(1)\nX = 1 / 0\n")
+    lab.git("commit", "--quiet", "--all", "--message", "broken")
+    lab.git("checkout", "--quiet", "main")
+    lab.configure(executor={"slots": 2}, limits={"experiments": 3})
+    lab.run(when("e0001", lambda: lab.order("pause", branch="side")))
+    side = lab.state.branch("side")
+    assert (side.crashed, side.paused) == (1, "by order")
+    lab.configure(limits={"experiments": 4})
+    lab.run()
+    assert lab.state.branch("side").experiments == 1
+    check_books(lab)
+
+
+def test_a_retired_branch_whose_files_are_gone_does_not_keep_the_others_from_a_start(
+    make_lab: MakeLab,
+) -> None:
+    lab = make_lab(limits={"experiments": 2})
+    lab.scripts(a=[change(X=1)], b=[])
+    lab.run()
+    assert autoresearch(lab.root, "branch", "retire", "b")[0] == 0
+    lab.configure(limits={"experiments": 3})
+    lab.run()
+    (lab.root / "b.yaml").unlink()
+    lab.scripts(a=[change(X=1), change(Y=1)])
+    lab.configure(limits={"experiments": 4})
+    lab.run()
+    assert lab.state.branch("a").best_metric == 0.0
+    check_books(lab)
+
+
 def test_a_branch_added_without_a_researcher_has_the_campaigns(make_lab: MakeLab) -> None:
     lab = make_lab(change(X=1), limits={"experiments": 3})
     lab.run(lambda line: "e0001" in line and autoresearch(lab.root, "branch", "add", "side"))
@@ -220,7 +253,7 @@ def test_a_branch_added_at_night_has_a_researcher_of_its_own(make_lab: MakeLab) 
     assert researchers == {"none", "sweep"}
     lab.configure(limits={"experiments": 5})
     lab.run()  # campaign.yaml does not know the branch: the ledger does
-    assert lab.state.branch("side").experiments > side.experiments - 1
+    assert lab.state.branch("side").experiments > side.experiments
     check_books(lab)
 
 
@@ -414,6 +447,32 @@ def test_records_in_git_are_enough_where_the_campaigns_folder_is_gone(
     assert git(clone, "status", "--porcelain").split() == ["D", "campaign.yaml"]
 
 
+def test_a_fetch_leaves_a_checked_out_branch_alone_and_brings_all_else(
+    make_lab: MakeLab, tmp_path: Path
+) -> None:
+    lab = make_lab(change(X=1), change(Y=1), limits={"experiments": 2})
+    lab.git("add", "campaign.yaml")
+    lab.git("commit", "--quiet", "--message", "settings")
+    lab.run()
+    clone, branch = ended.clone(lab, tmp_path / "clone"), f"autoresearch/{lab.name}/main"
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
+    git(clone, "checkout", "--quiet", branch)
+    before = git(clone, "rev-parse", branch)
+    lab.configure(limits={"experiments": 3})
+    lab.run()
+    assert autoresearch(lab.root, "push", str(tmp_path / "clone.git"))[0] == 0
+    for _ in range(2):
+        status, said = autoresearch(clone, "fetch", "origin", "--campaign", lab.name)
+        assert (status, f"3 experiments, in {clone}" in said) == (0, True), said
+        assert f"{branch} is checked out in {clone} and stays at {before[:10]}" in said
+        assert git(clone, "rev-parse", branch) == before
+        assert git(clone, "status", "--porcelain", "--untracked-files=no") == ""
+    assert git(clone, "notes", "--ref", "autoresearch", "list").count("\n") == 3
+    git(clone, "checkout", "--quiet", "main")
+    assert "checked out" not in autoresearch(clone, "fetch", "origin")[1]
+    assert git(clone, "rev-parse", branch) == lab.git("rev-parse", branch) + "\n"
+
+
 def test_a_campaign_goes_on_in_another_clone_and_comes_back(
     make_lab: MakeLab, tmp_path: Path
 ) -> None:
@@ -443,17 +502,26 @@ def test_a_campaign_goes_on_in_another_clone_and_comes_back(
     assert (status, "went on both here and elsewhere" in said) == (1, True), said
 
 
-def test_no_fetch_into_a_campaign_that_runs_here_and_a_push_says_what_it_lacks(
-    toy: Lab, tmp_path: Path
-) -> None:
+def test_no_fetch_into_a_campaign_that_runs_here(toy: Lab, tmp_path: Path) -> None:
     clone = ended.clone(toy, tmp_path / "clone")
     assert autoresearch(clone, "fetch", "origin")[0] == 0
     with lease.acquire(clone / "campaigns" / toy.name):
         status, said = autoresearch(clone, "fetch", "origin")
         assert (status, f"is run here by process {os.getpid()}" in said) == (1, True), said
-        status, said = autoresearch(clone, "push", "origin")
-        assert (status, "has not copied into git yet is not sent" in said) == (0, True), said
     assert autoresearch(clone, "fetch", "origin")[0] == 0
+
+
+def test_a_push_while_it_runs_sends_all_that_was_decided(make_lab: MakeLab, tmp_path: Path) -> None:
+    lab = make_lab(change(X=1), change(Y=1), limits={"experiments": 3})
+    lab.git("add", "campaign.yaml")
+    lab.git("commit", "--quiet", "--message", "settings")
+    lab.run(when("e0002", lambda: ended.clone(lab, tmp_path / "clone")))
+    clone = tmp_path / "clone"
+    assert autoresearch(clone, "fetch", "origin")[0] == 0
+    told = autoresearch(clone, "log")[1].splitlines()
+    assert [line.split()[2] for line in told[-2:]] == ["keep", "keep"]
+    assert git(clone, "notes", "--ref", "autoresearch", "list").count("\n") == 2
+    check_books(lab)
 
 
 def collect(folder: Path) -> None:

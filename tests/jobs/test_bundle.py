@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import ended
+import toylab
 from ended import autoresearch
 from toylab import Lab
 
@@ -100,6 +101,15 @@ def test_a_bundle_holds_program_frozen_files_and_records(tiny: Lab, tmp_path: Pa
     assert told["results"][0]["metric"] == tiny.state.record("e0002").metric
     assert "e0002" in (made / "record.txt").read_text()
     (made / "program" / "trainer" / "train.py").write_text("mine now\n")
+
+
+def test_a_bundle_of_a_running_campaign_holds_the_data_manifest_too(tmp_path: Path) -> None:
+    root, target = tmp_path / "lab", tmp_path / "bundle"
+    words = ("bundle", "e0001", "--to", str(target))
+    lab = ended.tiny(root, toylab.when("e0001", lambda: autoresearch(root, *words)))
+    manifest = (ended.runs.data_folder() / "manifest.json").read_bytes()
+    assert (target / "data-manifest.json").read_bytes() == manifest
+    toylab.remove(lab.root)
 
 
 def test_nothing_is_overwritten_and_other_frozen_files_are_refused(

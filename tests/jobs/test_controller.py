@@ -19,8 +19,9 @@ import pytest
 import yaml
 from toylab import SOLUTION, Lab, change, check_books, ended, eventually, when
 
-from jobs import config, controller, night, submission
+from jobs import config, controller, mirror, night, submission
 from jobs.errors import Paused, UserError
+from jobs.repository import Repository
 
 MakeLab = Callable[..., Lab]
 
@@ -218,7 +219,7 @@ def test_a_machine_whose_gpus_are_hidden_has_none(
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert submission._visible_gpus() == seen
+        assert submission.visible_gpus() == seen
 
 
 def test_each_run_has_a_gpu_of_its_own_also_after_a_restart(make_lab: MakeLab) -> None:
@@ -468,3 +469,26 @@ def test_a_score_by_another_referee_is_not_compared(
     monkeypatch.setattr("containers.seal.evaluator_sha256", lambda folder: "another")
     with pytest.raises(Paused, match="evaluator changed since this campaign began"):
         lab.run()
+
+
+# -- its books ------------------------------------------------------------------------------------
+
+
+def test_records_and_notes_reach_git_while_it_runs(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once what the start found; then after so many decisions, or when so much time is over."""
+    monkeypatch.setattr(controller, "MIRROR_S", 0.0)
+    lab = make_lab(change(X=1), limits={"experiments": 2})
+    seen: list[tuple[int, int]] = []
+
+    def look(line: str) -> None:
+        if line.startswith(("e0001", "e0002")):
+            repository = Repository(lab.root)
+            seen.append(
+                (len(mirror.load_ledger(repository, lab.name)), len(mirror.noted(repository)))
+            )
+
+    lab.run(look)
+    assert [notes for _, notes in seen] == [0, 1]
+    assert 0 < seen[0][0] < seen[1][0]

@@ -202,8 +202,8 @@ def test_an_adoption_is_neither_lost_nor_done_twice(
 def test_a_rebase_that_was_decided_is_neither_lost_nor_done_twice(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "lab", change(X=1), change(Y=1, NAP=0.6), executor={"slots": 2})
     lab.configure(branches={"main": {"slots": 2}}, limits={"experiments": 3})
-    fourth = "git.objects:before:4"  # after e0001, e0002 and e0003
-    assert lab.call(AUTORESEARCH_KILL_AT=fourth)[0] == -signal.SIGKILL
+    fifth = "git.objects:before:5"  # after e0001, the start's records, e0002 and e0003
+    assert lab.call(AUTORESEARCH_KILL_AT=fifth)[0] == -signal.SIGKILL
     assert lab.state.decision("e0003").numbers["rebase"]
     assert len(lab.state.records) == 3
     assert lab.call()[0] == 0

@@ -1,5 +1,7 @@
 """What a run may take, from what the branch's baseline took."""
 
+from pathlib import Path
+
 import pytest
 from story import Story
 
@@ -30,3 +32,14 @@ def test_the_feed_of_a_token_budget_closes_after_three_times_the_baselines_train
     assert materialise.feed_ceiling_s(state, tokens, "main") == allowed
     assert materialise.feed_ceiling_s(state, tokens, "new") == 3600.0
     assert materialise.feed_ceiling_s(state, wall, "main") is None
+
+
+def test_a_commit_names_its_image_by_tag_by_bytes_and_by_what_a_registry_calls_it() -> None:
+    address = "oras://host/name@sha256:1"
+    facts = {"container_tag": "cpu", "container_sha256": "a" * 64, "registry_digest": address}
+    site = materialise.Site(config.parse({"campaign": "night"}), Path("/night"), None, facts)
+    told = materialise.trailers(site, {"Branch": "main"})
+    assert (told["Campaign"], told["Branch"]) == ("night", "main")
+    image = (told["Container-Tag"], told["Container-SHA256"], told["Registry-Digest"])
+    assert image == ("cpu", "a" * 64, address)
+    assert told["Data-Manifest-SHA256"] is None

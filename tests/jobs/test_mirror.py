@@ -132,6 +132,25 @@ def test_a_ledger_is_kept_in_chunks_as_it_grows(
     assert len(mirror.load_records(repository, "night")) == 1 + -(-ledger.stat().st_size // 1000)
 
 
+def test_two_writers_of_one_ledger_lose_none_of_its_lines(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, ledger = Repository(lab), Repository(lab), tmp_path / "ledger.jsonl"
+    ledger.write_bytes(b"{}\n")
+    write_commit = one.write_commit
+
+    def interrupted(*arguments: object) -> str:
+        monkeypatch.setattr(one, "write_commit", write_commit)
+        ledger.write_bytes(b"{}\n{}\n")
+        mirror.save_ledger(other, "night", ledger)
+        return write_commit(*arguments)
+
+    monkeypatch.setattr(one, "write_commit", interrupted)
+    mirror.save_ledger(one, "night", ledger, {"data.json": b"d"})
+    assert mirror.load_ledger(one, "night") == ledger.read_bytes()
+    assert mirror.load_records(one, "night")["data.json"] == b"d"
+
+
 def test_a_campaign_pushed_and_fetched_is_the_same_in_another_clone(
     lab: Path, tmp_path: Path
 ) -> None:

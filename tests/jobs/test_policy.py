@@ -286,6 +286,17 @@ def test_three_parked_in_a_row_pause_the_campaign_and_resuming_counts_anew() -> 
     assert policy.pause_reason(story.state) is None
 
 
+def test_parked_baselines_pause_their_own_branches_and_not_the_campaign() -> None:
+    story = cluster("only")
+    for number in range(4):
+        story.put("branch_added", branch=f"b{number}", settings={})
+        baseline = story.propose(f"b{number}")
+        story.dies(baseline, "only")
+        story.dies(baseline, "only")
+        assert story.decide(baseline).verdict == "parked"
+    assert policy.pause_reason(story.state) is None
+
+
 def test_a_confirming_run_that_dies_is_tried_again_too() -> None:
     story = cluster("n1", "n2")
     assert story.dies("e0001", "n1", seed=2, purpose="confirm") == Retry(2, frozenset({"n1"}))

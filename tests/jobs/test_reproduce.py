@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import ended
 import pytest
 import toylab
+import yaml
 from ended import autoresearch
 from toylab import Lab, change
 
-from containers import images, remote
-from jobs import container, mirror, process, submission, verdict
+from containers import images, remote, seal
+from jobs import config, container, lease, mirror, process, recorded, reproduce, submission, verdict
 from jobs import lab as labs
 from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Result, Submission, to_json
 from jobs.repository import Repository
+from jobs.settings import Executor as Settings
 from jobs.verdict import Spread
 
 
@@ -139,6 +143,69 @@ def test_a_signal_ends_the_runs_of_a_rerun_and_then_the_command(
     assert len(list(fresh.glob(f"campaigns/{again}"))) == 1  # and no other began
 
 
+# -- where it runs --------------------------------------------------------------------------------
+
+
+def test_beside_the_campaigns_own_runs_it_would_share_a_gpu_and_is_refused(
+    fresh: Path, toy: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lease.acquire(fresh / "campaigns" / toy.name):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        status, said = autoresearch(fresh, "reproduce", "e0002")
+        assert (status, f"is run here by process {os.getpid()}" in said) == (2, True), said
+        assert "autoresearch stop, reproduce, autoresearch run" in said
+        assert not list(fresh.glob("campaigns/*/reproductions"))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        status, said = autoresearch(fresh, "reproduce", "e0002")
+        assert (status, "its runs and these slow each other down" in said) == (0, True), said
+    assert "slow" not in autoresearch(fresh, "reproduce", "e0002")[1]
+
+
+class Elsewhere(submission.LocalExecutor):
+    """Takes this machine for a cluster, and tells what was asked of it."""
+
+    asked: list[tuple[Settings, Mapping[str, str]]]
+
+    def __init__(self, settings: Settings, campaign_dir: Path) -> None:
+        super().__init__(settings, campaign_dir)
+        self.settings = settings
+
+    def submit(self, run, name, run_dir, limit_s, avoid, place):
+        self.asked.append((self.settings, place))
+        return super().submit(run, name, run_dir, limit_s, avoid, place)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, Mapping[str, str]]]:
+    monkeypatch.setattr(submission, "executor", Elsewhere)
+    monkeypatch.setattr(submission, "require", lambda *asked: None)
+    monkeypatch.setattr(Elsewhere, "asked", [], raising=False)
+    return Elsewhere.asked
+
+
+def test_an_allocation_holds_no_more_than_the_reruns_fill(
+    toy: Lab, fresh: Path, asked: list
+) -> None:
+    held = {"kind": "allocation", "nodes": 3, "slots": 6, "poll_seconds": 0.2}
+    (fresh / "campaign.yaml").write_text(yaml.safe_dump(toy.settings | {"executor": held}))
+    for words, wanted in (((), (1, 1)), (("--times", "3"), (2, 3)), (("--times", "9"), (3, 6))):
+        asked.clear()
+        assert autoresearch(fresh, "reproduce", "e0002", *words)[0] == 0
+        assert {(s.nodes, s.slots) for s, _ in asked} == {wanted}
+
+
+def test_it_asks_for_its_branchs_feature_and_gpu_and_not_for_its_node(
+    make_lab, asked: list
+) -> None:
+    place = {"node": "n1", "constraint": "fast", "gpu": "h100"}
+    slurm = {"kind": "slurm", "poll_seconds": 0.2}
+    lab = make_lab(branches={"main": place}, executor=slurm, limits={"experiments": 1})
+    lab.run()
+    for words in ((), ("--executor", "local")):
+        assert autoresearch(lab.root, "reproduce", "e0001", *words)[0] == 0
+    assert [found for _, found in asked] == [place, {"constraint": "fast", "gpu": "h100"}, {}]
+
+
 # -- what is not an experiment, not here, not unique -----------------------------------------------
 
 
@@ -197,6 +264,60 @@ def test_a_wish_that_makes_no_sense_is_refused_before_anything_starts(
     assert not list(fresh.glob("campaigns/*/reproductions"))
 
 
+# -- the settings it ran with ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def second(tiny: Lab) -> recorded.Original:
+    """e0002 of the campaign with real runs."""
+    clone = recorded.Clone(tiny.state, Repository(tiny.root), tiny.folder)
+    return recorded.original(clone, tiny.state.record("e0002"))
+
+
+def test_a_configured_wall_limit_holds_for_the_configured_length_alone(
+    second: recorded.Original,
+) -> None:
+    run = dataclasses.replace(second.config.run, wall_limit=60.0)
+    one = dataclasses.replace(second, config=dataclasses.replace(second.config, run=run))
+    for wish, limit in (({}, 60.0), ({"budget": 2.0**20}, None), ({"scale": "small"}, None)):
+        assert reproduce.Wish(**wish).settings(one, None).run.wall_limit == limit
+
+
+def test_threads_and_budget_are_those_of_its_run_though_the_settings_changed_since(
+    make_lab,
+) -> None:
+    lab = make_lab(change(X=1), executor={"threads": 3}, limits={"experiments": 1})
+    lab.configure(budget={"tokens": 7000})
+    lab.run()
+    lab.configure(executor={"threads": 1, "slots": 2}, budget={"tokens": 5000})
+    lab.configure(limits={"experiments": 2})
+    lab.run()
+    here = config.load(lab.root / "campaign.yaml")
+    clone = recorded.Clone(lab.state, Repository(lab.root), lab.folder, here)
+    for name, threads, tokens in (("e0001", 3, 7000), ("e0002", 1, 5000)):
+        found = recorded.original(clone, lab.state.record(name)).settings(here)
+        assert (found.executor.threads, found.budget.tokens) == (threads, tokens)
+        assert found.executor.slots == 2  # where it runs is this place's
+
+
+def test_a_gain_is_looked_for_at_another_scale_too(tiny: Lab, tmp_path: Path) -> None:
+    folder, data = ended.clone(tiny, tmp_path / "clone"), tmp_path / "data"
+    assert autoresearch(folder, "fetch", "origin")[0] == 0
+    shutil.copytree(ended.runs.data_folder(), data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["scale"]["name"] = "small"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    wish = ("--scale", "small", "--budget", "1", "--data", str(data), "--json")
+    status, said = autoresearch(folder, "reproduce", "e0002", *wish)
+    (told,) = json.loads(said[said.index("[") :])
+    assert (status, told["verdict"]) == (0, "reproduced"), said
+    assert told["changed"] == ["budget 1.0", "scale small"]
+    for run in Path(told["folder"]).glob("runs/*/*/result.json"):
+        result = json.loads(run.read_text())
+        assert (result["scale"], result["budget"]) == ("small", {"kind": "wall", "amount": 1.0})
+    assert told["baseline"][0]["metric"] > told["runs"][0]["metric"]
+
+
 # -- what must be the same ------------------------------------------------------------------------
 
 
@@ -221,6 +342,8 @@ def test_real_runs_come_again_and_changed_data_is_refused(tiny: Lab, tmp_path: P
 
     status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "0.5")
     assert (status, "tokens are whole" in said) == (2, True), said
+    status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "2047")
+    assert (status, "a batch of scale cpu is 2048 tokens" in said) == (2, True), said
     status, said = autoresearch(folder, "reproduce", "e0002", "--budget", "4096", "--json")
     (told,) = json.loads(said[said.index("[") :])
     assert (status, told["changed"], told["verdict"]) == (0, ["budget 4096.0"], "reproduced")
@@ -409,12 +532,15 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def put(store: Path, content: str, tag: str) -> images.Image:
-    """A file in the store that passes for an image."""
+def put(store: Path, content: str, tag: str, *packages: str) -> images.Image:
+    """A file in the store that passes for an image, with our evaluator sealed in it."""
     store.mkdir(exist_ok=True)
     file = store / "draft"
     file.write_text(content)
-    bare = images.Image(images.sha256(file), "", 0, 0, "Bootstrap: none", {}, (content,), "a test")
+    labels = {"autoresearch.evaluator.sha256": seal.evaluator_sha256(labs.TRAINER)}
+    labels["autoresearch.protocol"] = "1"
+    facts = ("Bootstrap: none", labels, packages or (content,), "a test")
+    bare = images.Image(images.sha256(file), "", 0, 0, *facts)
     made = images.add(store, file, bare)
     images.tag(store, made.sha256, tag)
     return made
@@ -465,3 +591,32 @@ def test_records_keep_what_an_image_was_and_where_it_may_be_had(store: Path) -> 
     assert kept[f"image-{image.sha256[:16]}.def"] == b"Bootstrap: none"
     assert json.loads(kept[f"image-{image.sha256[:16]}.json"])["packages"] == ["first"]
     assert container.records(None) == {}
+
+
+def test_a_rebuilt_image_in_place_of_one_that_is_gone_is_flagged_and_its_packages_compared(
+    fresh: Path, toy: Lab, store: Path
+) -> None:
+    here = config.parse({"campaign": toy.name, "executor": {"images": str(store)}})
+    clone = recorded.Clone(toy.state, Repository(fresh), fresh / "campaigns" / toy.name, here)
+    gone = put(store, "first", "cpu", "numpy 2.4", "torch 2.13")
+    Path(gone.path).unlink()
+    one = recorded.original(clone, toy.state.record("e0002"))
+    trailers = {"Container-Tag": "cpu", "Container-SHA256": gone.sha256}
+    one = dataclasses.replace(one, trailers={**one.trailers, **trailers})
+
+    def beside(tag: str | None) -> tuple[str, bool]:
+        wish = reproduce.Wish(image=tag)
+        site = reproduce.checked_site(one, wish, wish.settings(one, here), clone, print)
+        return reproduce._other_image(one, site, clone)
+
+    with pytest.raises(UserError, match="build its like"):
+        beside(None)
+    same = put(store, "second", "again", "numpy 2.4", "torch 2.13")
+    put(store, "third", "newer", "numpy 2.4", "torch 2.14")
+    flag = f"image was {gone.sha256}, is {same.sha256}: "
+    # of an image that nothing is recorded of, nothing is known to be the same
+    assert beside("again") == (f"{flag}2 packages differ, numpy 2.4, torch 2.13", False)
+    mirror.save_records(clone.repository, toy.name, container.records(gone))
+    assert beside("again") == (f"{flag}0 packages differ", True)
+    told, alike = beside("newer")
+    assert (told.partition(": ")[2], alike) == ("2 packages differ, torch 2.13, torch 2.14", False)

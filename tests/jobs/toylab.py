@@ -315,9 +315,16 @@ def _check_git(lab: Lab, state: State) -> None:
     assert {k: v for k, v in refs.items() if k.startswith(ours) and k != records} == expected
     for record in state.experiments():
         assert lab.git("rev-parse", f"{record.commit}^") == record.base
-        trailers = repository.trailers(record.commit)
-        assert trailers["Campaign"] == lab.name
-        assert trailers["Parent-Experiment"] == (record.parent or "none")
+        trailers, experiment = repository.trailers(record.commit), state.experiment(record.id)
+        told = {
+            "Campaign": lab.name,
+            "Branch": record.branch,
+            "Parent-Experiment": record.parent or "none",
+            "Rebased-From": experiment.rebased_from or "none",
+            "Researcher": experiment.researcher,
+            "Program-SHA256": experiment.program_sha256,
+        }
+        assert {name: trailers[name] for name in told} == told
     assert mirror.noted(repository) >= {r.commit for r in state.experiments()}
     assert mirror.load_ledger(repository, lab.name) == (lab.folder / "ledger.jsonl").read_bytes()
     repository.close()
