@@ -19,7 +19,7 @@ from test_campaign import Lab, as_a_job_through_requeues_and_an_outage, toylab
 sys.path += [str(ROOT / "tests" / "containers"), str(ROOT / "tests" / "agent")]
 import accounts
 import server
-from test_night import IDEAS, a_third, holds_key, tunes, watched_for_key
+from test_api_night import IDEAS, a_third, holds_key, tunes, watched_for_key
 
 from containers import images
 from containers.images import Image
