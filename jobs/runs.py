@@ -20,6 +20,7 @@ from jobs.plan import Wanted
 from jobs.records import OpenRun
 from jobs.repository import Repository
 from jobs.submission import Executor, JobState, place_of
+from trainer.referee import task
 
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
 EXPLAINED_AFTER_S = 60.0  # so long a run that was ended from outside waits for Slurm's reason
@@ -94,7 +95,8 @@ class Runs:
         experiment, folder = state.experiment(run.run.experiment), self.folder(run)
         with effect("run.folder"):
             folder.mkdir(parents=True, exist_ok=True)
-            materialise.task(site, state, experiment, run.run, folder).save()
+            told = materialise.task(site, state, experiment, run.run, folder)
+            told.save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
         place = place_of(state.branch(run.branch).settings)
         try:
@@ -104,19 +106,14 @@ class Runs:
             return
         try:
             with effect("run.submit"):
-                limit = self._limit_s(run)
-                submission = self._executor.submit(run.run, run.name, folder, limit, avoid, place)
+                asked = (told.wall_limit_s, avoid, place)
+                submission = self._executor.submit(run.run, run.name, folder, *asked)
         except UserError as error:
             if not place:
                 raise
             self._refused[run.run.id] = str(error)  # its branch's own fault: the others carry on
             return
         self._journal.record("run_submitted", submission=to_json(submission))
-
-    def _limit_s(self, run: OpenRun) -> float:
-        config = self._site.config
-        ceiling = materialise.feed_ceiling_s(self._journal.state, config, run.branch)
-        return materialise.wall_limit_s(config, ceiling)
 
     def progress(self) -> str:
         """How far the runs under way are, for people: 'e0003 s1 43 % loss 3.21 | ...'."""
@@ -244,8 +241,11 @@ class Runs:
         return f"its job is {state.phase} without a result ({state.reason or 'no reason given'})"
 
     def _hung(self, run: OpenRun) -> str | None:
-        limit, claim = self._limit_s(run) + HANG_MARGIN_S, self.folder(run) / "claim.json"
-        if not claim.exists() or time.time() - claim.stat().st_mtime < limit:
+        claim = self.folder(run) / "claim.json"
+        if not claim.exists():
+            return None
+        limit = task.load(self.folder(run)).wall_limit_s + HANG_MARGIN_S
+        if time.time() - claim.stat().st_mtime < limit:
             return None
         assert run.submission is not None  # only submitted runs are surveyed
         with effect("run.cancel"):

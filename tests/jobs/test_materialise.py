@@ -30,3 +30,10 @@ def test_the_feed_of_a_token_budget_closes_after_three_times_the_baselines_train
     assert materialise.feed_ceiling_s(state, tokens, "main") == allowed
     assert materialise.feed_ceiling_s(state, tokens, "new") == 3600.0
     assert materialise.feed_ceiling_s(state, wall, "main") is None
+
+
+def test_a_runs_limit_holds_no_more_time_for_scoring_than_scoring_may_take() -> None:
+    five_minutes = config.parse({"budget": {"wall": 300, "startup_free": 60}})
+    state = after_a_baseline(scoring_s=4.0).state
+    limits = [materialise.wall_limit_s(state, five_minutes, name) for name in ("main", "new")]
+    assert limits == [60 + 300 + 3 + scoring + 30 for scoring in (60, 600)]
