@@ -380,6 +380,8 @@ class _Fold:
         record = self._record(run["experiment"])
         self._store(record._replace(runs=(*record.runs, ended)))
         branch = self.branch(record.branch)
+        if branch["head"] is None and ended.status != "infrastructure":
+            branch["gpu"] = result.get("gpu")
         if ended.node and ended.misplaced:
             branch["unfit"] = tuple(dict.fromkeys((*branch["unfit"], ended.node)))
         elif ended.node and not ended.preempted:

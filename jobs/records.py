@@ -149,6 +149,7 @@ class Branch:
     notes: tuple[str, ...] = ()  # what its researcher was told
     spent: Usage = field(default_factory=Usage)
     unfit: tuple[str, ...] = ()  # nodes that have another GPU model than it wants
+    gpu: str | None = None  # the model that its baseline ran on
     allocated_s: float = 0.0  # seconds that places were held for its runs
     training_s: float = 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -169,8 +170,14 @@ class Runs:
         if not os.path.exists(f"{self._site.campaign_dir}/runs/{run.folder}/result.json"):
             return None  # asked for every run at every look: no Path is made for that
         result = outcome.read(self.folder(run), run.run)
-        wanted = place_of(self._journal.state.branch(run.branch).settings).get("gpu")
-        if result is None or result.gpu is None or (wanted or "").lower() in result.gpu.lower():
+        if result is None or result.gpu is None:
+            return result
+        branch = self._journal.state.branch(run.branch)
+        if wanted := place_of(branch.settings).get("gpu"):
+            fits = _is_model(wanted, result.gpu)
+        else:  # one model for all of a branch: its baseline's
+            wanted, fits = branch.gpu, branch.gpu in (None, result.gpu)
+        if fits:
             return result
         why = f"it ran on {result.gpu}, its branch wants {wanted}"
         details = {**result.details, "misplaced": True}  # no fault of its node, or of the idea
@@ -251,3 +258,11 @@ class Runs:
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
         return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
+
+
+def _is_model(wanted: str, name: str) -> bool:
+    """Whether a type as Slurm has it ('a100_80gb', 'rtx3090') is that of a GPU as its driver names
+    it ('NVIDIA A100-SXM4-80GB', 'NVIDIA GeForce RTX 3090'): each part is there."""
+    between, parts = "[^a-z0-9]*", re.findall("[a-z0-9]+", wanted.lower())
+    words = (f"(?<![a-z0-9]){between.join(part)}(?![0-9])" for part in parts)
+    return all(re.search(word, name.lower()) for word in words)
