@@ -365,6 +365,8 @@ class _Fold:
         details = result.get("details") or {}
         run = opened.intended["run"]
         node = result.get("node") or (opened.submitted or {}).get("node")
+        if details.get("cancelled"):
+            node = None  # it had no part in that
         ended = RunRecord(
             seed=run["seed"],
             attempt=run["attempt"],

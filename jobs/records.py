@@ -23,7 +23,7 @@ class RunRecord(NamedTuple):
     purpose: str  # "screen", "confirm"
     status: str
     metric: float | None
-    node: str | None
+    node: str | None  # None, too, where it had no part in the end: the run was cancelled
     preempted: bool
     n: int  # count of its run_ended event: orders ends
     place: Place

@@ -202,7 +202,7 @@ class Runs:
         if self._site.config.executor.kind == "allocation" and result.total_s is not None:
             details["allocated_s"] = result.total_s + (turnaround or 0.0)  # ours in between, too
         if result.status == "infrastructure" and state and state.phase == "ended":
-            details |= {"job_end": state.reason} | ({"preempted": True} if state.preempted else {})
+            details |= {"job_end": state.reason} | outcome.excuse(state)
         return dataclasses.replace(result, queue_s=queued, turnaround_s=turnaround, details=details)
 
     def _turnaround(self, result: Result) -> float | None:

@@ -35,6 +35,7 @@ class JobState:
     permanent: bool = False  # pending for a reason that waiting does not mend
     queue_s: float | None = None
     preempted: bool = False
+    cancelled: bool = False  # by somebody, or its whole allocation ended: no doing of its node
     oom: bool = False  # its memory limit ended it, by the cgroup's evidence
 
 

@@ -394,7 +394,10 @@ class AllocationRuns:
         became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"
         reason = f"its allocation, job {entry.holder}, is {became}"
         preempted = holder is not None and holder.state == "PREEMPTED"
-        return replace(state, phase="ended", reason=reason, preempted=preempted)
+        # By --no-kill only the loss of the last node ends it as NODE_FAIL.
+        cancelled = not preempted and (holder is None or holder.state != "NODE_FAIL")
+        ended = replace(state, phase="ended", reason=reason)
+        return replace(ended, preempted=preempted, cancelled=cancelled)
 
     def _ending(self, entry: Entry) -> str:
         srun = self._sruns.get(entry.run)

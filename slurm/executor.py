@@ -241,6 +241,7 @@ def state_of(row: Row, last_words: str = "") -> JobState:
         permanent=cure is not None,
         queue_s=row.queue_s,
         preempted=row.state == "PREEMPTED",
+        cancelled=row.state == "CANCELLED",
         oom=row.state == "OUT_OF_MEMORY",
     )
 

@@ -75,12 +75,18 @@ RUNNING = JobState("running", node="n1", queue_s=2.0)
 
 
 @pytest.mark.parametrize(
-    ("reason", "preempted"), [("PREEMPTED", True), ("TIMEOUT", False), ("NODE_FAIL", False)]
+    ("reason", "excuse"),
+    [
+        ("PREEMPTED", {"preempted": True}),
+        ("CANCELLED", {"cancelled": True}),
+        ("TIMEOUT", {}),
+        ("NODE_FAIL", {}),
+    ],
 )
 def test_a_run_that_slurm_ended_is_recorded_once_slurm_says_why(
-    night: Callable[..., Lab], reason: str, preempted: bool
+    night: Callable[..., Lab], reason: str, excuse: dict[str, bool]
 ) -> None:
-    ended = JobState("ended", reason, node="n1", queue_s=2.0, preempted=preempted)
+    ended = JobState("ended", reason, node="n1", queue_s=2.0, **excuse)
     lab = night(RUNNING, None, ended)
     lab.run()
     state = lab.state
@@ -90,8 +96,9 @@ def test_a_run_that_slurm_ended_is_recorded_once_slurm_says_why(
         reason,
         2.0,
     )
-    assert state.record("e0001").runs[0].preempted is preempted
-    assert [run.died for run in state.nodes["n1"]] == ([False] if preempted else [True, False])
+    assert excuse.items() <= first.details.items()
+    assert state.record("e0001").runs[0].preempted is ("preempted" in excuse)
+    assert [run.died for run in state.nodes["n1"]] == ([False] if excuse else [True, False])
     assert second.ok
     assert deciding.verify(lab.events()) == []
 
