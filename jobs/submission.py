@@ -100,13 +100,18 @@ def require(
         trial.require(settings, campaign_dir, limit_s, places)
 
 
-def preview(settings: Settings, name: str, run_dir: Path, limit_s: float) -> str:
-    """What would be handed to the machine or to Slurm for one run, letter by letter."""
+def preview(
+    settings: Settings, name: str, run_dir: Path, limit_s: float, places: Sequence[Place]
+) -> str:
+    """What would be handed to the machine or to Slurm for one run, letter by letter.
+
+    `places`: where the branches want to run, the run's own first.
+    """
     if settings.kind == "local":
         return f"$ {shlex.join(_payload(run_dir))}\n"
     from slurm import script
 
-    return script.preview(settings, name, run_dir.parents[2], limit_s)
+    return script.preview(settings, name, run_dir.parents[2], limit_s, places)
 
 
 def _payload(run_dir: Path) -> list[str]:

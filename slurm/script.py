@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -86,13 +86,14 @@ def sbatch_text(
     campaign_dir: Path,
     limit_s: float,
     avoid: Iterable[str] = (),
+    place: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The script that submitit submits for a run, as `run --dry-run` prints it."""
     folder = job_folder(campaign_dir, name)
     return submitit_script(
         command=submitit_command(folder),
         folder=folder,
-        **sbatch_parameters(settings, name, folder, limit_s, avoid),
+        **sbatch_parameters(settings, name, folder, limit_s, avoid, place),
     )
 
 
@@ -206,12 +207,23 @@ echo "giving the nodes back: $why"
 # -- what a dry run shows -------------------------------------------------------------------------
 
 
-def preview(settings: Settings, name: str, campaign_dir: Path, limit_s: float) -> str:
-    """All that would be handed to Slurm for one run, letter by letter."""
+def preview(
+    settings: Settings,
+    name: str,
+    campaign_dir: Path,
+    limit_s: float,
+    places: Sequence[Mapping[str, str]],
+) -> str:
+    """All that would be handed to Slurm for one run, letter by letter.
+
+    `places`: where the branches want to run, the run's own first.
+    """
+    asked = (settings, name, campaign_dir, limit_s)
     if settings.kind == "slurm":
-        return f"$ sbatch --parsable\n{sbatch_text(settings, name, campaign_dir, limit_s)}"
-    step = shlex.join(step_argv(settings, name, campaign_dir, limit_s, "HOLDER", "NODE", 0))
-    holder = holder_text(settings, campaign_dir, limit_s)
+        return f"$ sbatch --parsable\n{sbatch_text(*asked, place=places[0])}"
+    step = shlex.join(step_argv(*asked, "HOLDER", places[0].get("node", "NODE"), 0))
+    nodes = {place["node"] for place in places if "node" in place}
+    holder = holder_text(settings, campaign_dir, limit_s, nodes=nodes)
     return f"$ sbatch --parsable\n{holder}\nand in it, as job HOLDER:\n$ {step}\n"
 
 
