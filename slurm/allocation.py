@@ -28,7 +28,7 @@ from slurm.executor import Sbatch, last_line, scancel, state_of
 from slurm.step import AllocationExecutor, StepJob
 from slurm.table import Entry, Table
 
-END_MARGIN_S = 20.0  # of an allocation's time, beyond a run's limit: nothing is cut off at its end
+ELSEWHERE_S = 300.0  # a run that is to avoid all nodes held waits so long for others
 LAUNCHES = 5  # of one run's step; more than one only where srun could not start it
 CLOSE_S = 10.0  # a controller that leaves its job waits so long for steps to begin
 # In srun's words. After slurmctld was restarted, places stay taken for up to a minute.
@@ -120,15 +120,12 @@ class AllocationRuns:
     ) -> Submission:
         """Start one run in a free place, or keep it for the next `survey` that finds one.
 
-        Raises UserError: Slurm refused the holder for a setting; with its own words.
+        Raises UserError: Slurm refused the holder for a setting, with its own words; or as
+        `script.check_hold`.
         """
         avoided = tuple(sorted(avoid))
         entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, avoided, dict(place))
-        if limit_s + END_MARGIN_S > self._settings.hold_hours * 3600:
-            raise UserError(
-                f"a run may take {limit_s:.0f} s, which never fits into an allocation of"
-                f" executor.hold_hours: {self._settings.hold_hours}"
-            )
+        script.check_hold(self._settings, limit_s)
         self._table.put(entry)
         self._known.add(run.id)
         self._keep_beating()
@@ -167,7 +164,7 @@ class AllocationRuns:
                         return holder.row.job, node, slot
         return None
 
-    def _fits(self, holder: Holder, entry: Entry, ahead_s: float = END_MARGIN_S) -> bool:
+    def _fits(self, holder: Holder, entry: Entry, ahead_s: float = script.END_MARGIN_S) -> bool:
         """Whether the run could go through in this holder, were a place free for it."""
         usable = holder.running and not holder.shrunk and bool(_usable(holder, entry))
         return usable and holder.left_s >= entry.limit_s + ahead_s

@@ -111,6 +111,7 @@ WRONG = {
     "partition": ({"partition": "nowhere"}, "Invalid partition name specified"),
     "executor.gpus": ({"gpus": "h100:1"}, "node configuration is not available"),
     "margin, hold_hours": ({"partition": "short", "margin": 600.0}, "PartitionTimeLimit"),
+    "executor.hold_hours": ({"hold_hours": 0.1}, "which never fits into an allocation"),
     "executor.kind": ({}, "there is no sbatch on this host"),
 }
 
@@ -121,13 +122,25 @@ def test_wrong_settings_are_told_in_slurms_words_and_nothing_is_half_started(
     lab, home, kind, setting
 ):
     executor, words = WRONG[setting]
-    night = lab(kind, *edits(1), executor=executor)
-    refs, path = ["git", "for-each-ref"], {}
-    before = night.call_as_user(refs)
+    if (kind, setting) == ("slurm", "executor.hold_hours"):
+        pytest.skip("nothing is held")
+    path = {}
     if setting == "executor.kind":
         (home / "bin").mkdir()
         (home / "bin" / "git").symlink_to("/usr/bin/git")
         path = {"PATH": str(home / "bin")}
+    is_refused(lab(kind, *edits(1), executor=executor), setting, words, **path)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_an_account_that_is_none_is_refused_before_anything_begins(accounting, lab, kind):
+    night = lab(kind, *edits(1), executor={"account": "rich"})
+    is_refused(night, "executor.account", "Invalid account")
+
+
+def is_refused(night: Lab, setting: str, words: str, **path: str) -> None:
+    refs = ["git", "for-each-ref"]
+    before = night.call_as_user(refs)
     process = night.start(**path)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2, said
