@@ -79,6 +79,7 @@ class AllocationRuns:
     stale_s = script.STALE_S
     idle_s = script.IDLE_S
     heartbeat_s = script.HEARTBEAT_S
+    elsewhere_s = ELSEWHERE_S
 
     def __init__(
         self,
@@ -144,13 +145,34 @@ class AllocationRuns:
 
         Raises UserError.
         """
+        self._let_be_anywhere(runs, self.elsewhere_s)
         waiting = [e for e in self._table if e.run in runs and e.launched is None]
         for entry in waiting:
             if place := self._free_place(entry):
                 self._launch(entry, *place)
         active = [e for e in self._table if e.run in runs and not e.finished]
-        if active and not self._provided(active):
-            self._ask_for_holder(active)
+        if not (lacking := self._lacking(active)):
+            return
+        avoid = set.intersection(*(set(entry.avoid) for entry in lacking))
+        try:
+            self._ask_for_holder(active, avoid)
+        except UserError:
+            if not avoid:
+                raise
+            # There are no other nodes: what is held will do, or else what can be held.
+            if self._let_be_anywhere(runs, 0.0):
+                self._start_waiting(runs)
+            else:
+                self._ask_for_holder(active)
+
+    def _let_be_anywhere(self, runs: Iterable[str], after_s: float) -> bool:
+        """Those that have waited so long for others than the nodes held. Whether there was one."""
+        waiting = [e for e in self._table if e.run in runs and e.launched is None]
+        bound = [e for e in waiting if not self._has_node(e) and time.time() - e.asked >= after_s]
+        found = [free for e in bound if self._has_node(free := replace(e, avoid=()))]
+        for free in found:
+            self._table.put(free)
+        return bool(found)
 
     def _free_place(self, entry: Entry) -> tuple[str, str, int] | None:
         """(holder, node, place) for a run: a pair that no other has, in the newest holder."""
@@ -216,20 +238,20 @@ class AllocationRuns:
             self._names[row.nodes] = tuple(commands.hostnames(row.nodes))
         return self._names[row.nodes]
 
-    def _provided(self, active: Sequence[Entry]) -> bool:
-        """Whether a holder is on its way, or one will last until the next could be had."""
+    def _lacking(self, active: Sequence[Entry]) -> list[Entry]:
+        """Those for which no holder will last until the next could be had, and none is coming."""
         if self._holders is None:
-            return True  # nothing is known: ask for nothing
+            return []  # nothing is known: ask for nothing
         if any(not holder.running for holder in self._holders):
-            return True
+            return []
         ahead = min(900.0, self._settings.hold_hours * 900)  # at most a quarter of its time
-        longest = max(active, key=lambda entry: entry.limit_s)
-        asked = [longest, *(entry for entry in active if "node" in entry.place)]
-        return all(any(self._fits(h, entry, ahead) for h in self._holders) for entry in asked)
+        return [e for e in active if not self._has_node(e, ahead)]
 
-    def _ask_for_holder(self, active: Sequence[Entry]) -> None:
+    def _has_node(self, entry: Entry, ahead_s: float = script.END_MARGIN_S) -> bool:
+        return any(self._fits(holder, entry, ahead_s) for holder in self._holders or [])
+
+    def _ask_for_holder(self, active: Sequence[Entry], avoid: Iterable[str] = ()) -> None:
         limit = max(entry.limit_s for entry in active)
-        avoid = set.intersection(*(set(entry.avoid) for entry in active))
         nodes = {entry.place["node"] for entry in active if "node" in entry.place}
         shrunk = [len(holder.nodes) for holder in self._holders or [] if holder.shrunk]
         text = script.holder_text(
@@ -414,7 +436,7 @@ class AllocationRuns:
             return JobState("pending", reason, permanent=permanent)
         if self._submit.why:
             return JobState("pending", f"no allocation: {self._submit.why}")
-        if not any(self._fits(holder, entry) for holder in holders):
+        if not self._has_node(entry):
             why_not = "no allocation has time or nodes for it; the next is asked for"
             return JobState("pending", why_not)
         said = last_line(self._srun_log(entry))

@@ -7,6 +7,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class SlurmExecutor:
         self._waiting = Table(campaign_dir / "submitit" / "waiting.json")
         self._submit = Sbatch()
         self._refused: dict[str, str] = {}  # run id -> why its branch's place is none
+        self._avoiding: set[str] = set()  # jobs that are to avoid some nodes
         self._accounting: tuple[float, bool] | None = None  # when probed, and whether it works
 
     def submit(
@@ -94,6 +96,16 @@ class SlurmExecutor:
         return Submission(run.id, "slurm", name)
 
     def _sbatch(self, entry: Entry) -> str:
+        if not entry.avoid or "node" in entry.place:
+            return self._sbatch_as_asked(entry)
+        try:
+            job = self._sbatch_as_asked(entry)
+        except UserError:  # there may be no other nodes
+            return self._sbatch_as_asked(replace(entry, avoid=()))
+        self._avoiding.add(job)
+        return job
+
+    def _sbatch_as_asked(self, entry: Entry) -> str:
         folder = script.job_folder(self._campaign_dir, entry.name)
         folder.mkdir(parents=True, exist_ok=True)
         parameters = script.sbatch_parameters(
@@ -159,6 +171,13 @@ class SlurmExecutor:
                     raise
                 self._refused[entry.run] = str(error)
             self._waiting.drop(entry.run)
+
+    def _let_be_anywhere(self, rows: Mapping[str, Row]) -> None:
+        """Those jobs whose nodes are away, but for the ones that they were to avoid."""
+        for job in self._avoiding & rows.keys():
+            if rows[job].state == "PENDING" and re.search(commands.NODES_AWAY, rows[job].reason):
+                commands.exclude_only(job, self._settings.exclude)
+                self._avoiding.remove(job)
 
     def _job_folder(self, name: str) -> str:
         return str(script.job_folder(self._campaign_dir, name))
