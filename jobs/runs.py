@@ -207,7 +207,8 @@ class Runs:
 
     def _turnaround(self, result: Result) -> float | None:
         """Seconds that its place was free; None for the first run there since this start."""
-        place = result.node, result.details.get("device")
+        # Under ConstrainDevices the device is 0 in every job.
+        place = result.node, result.details.get("gpu_uuid") or result.details.get("device")
         if place[1] is None and self._site.config.executor.slots > 1:
             return None  # of several places on a node without devices, nobody knows which
         freed, self._freed[place] = self._freed.get(place), result.ended
@@ -228,7 +229,8 @@ class Runs:
         self._states |= states
         found: dict[str, Result | None] = {}
         for run in running:
-            state = states.get(run.run.id, JobState("absent"))
+            if (state := states.get(run.run.id)) is None:
+                continue
             if self._lasts(run, "stuck", STUCK_AFTER_S, state.permanent):
                 raise Paused(
                     f"run {run.run.id} waits for ever: {state.reason}",

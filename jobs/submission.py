@@ -65,7 +65,8 @@ class Executor(Protocol):
         """Hand over one run. Raises UserError for settings that are wrong, Paused for an outage."""
 
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
-        """State by run id, by one query for all of them; None: the query failed, no information."""
+        """State by run id, by one query for all of them; no information where the query failed
+        (None), or of a run that is left out."""
 
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Jobs that exist under these names: how intents are reconciled after a kill."""

@@ -124,27 +124,29 @@ class SlurmExecutor:
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
         """State by run id. One squeue; scontrol and sacct once each, only where jobs are missing.
 
-        None: Slurm did not answer, which says nothing about any job.
+        None: Slurm did not answer, which says nothing about any job; nor is anything said of those
+        that scontrol or sacct were to tell of and did not.
         """
         try:
-            rows = self._rows(submissions)
+            found = commands.queue()
         except Unanswered:
             return None
+        rows = {**commands.by_folder(found), **commands.by_job(found)}
+        untold = self._add_ended({s.job for s in submissions if s.job.isdigit()}, rows)
         self._submit.outage = False
         self._submit_waiting(submissions, rows)
-        return {s.run: self._state(s, rows) for s in submissions}
+        self._let_be_anywhere(rows)
+        return {s.run: self._state(s, rows) for s in submissions if s.job not in untold}
 
-    def _rows(self, submissions: Sequence[Submission]) -> dict[str, Row]:
-        """Rows by job id and by job folder. Raises Unanswered."""
-        found = commands.queue()
-        rows = {**commands.by_folder(found), **commands.by_job(found)}
-        missing = [s.job for s in submissions if s.job not in rows and s.job.isdigit()]
-        if missing:
-            more = commands.by_job(commands.remembered(missing))
-            if (absent := set(missing) - set(more)) and self._has_accounting():
-                more = {**more, **commands.by_job(commands.accounting(jobs=absent))}
-            rows |= more
-        return rows
+    def _add_ended(self, jobs: set[str], rows: dict[str, Row]) -> set[str]:
+        """Adds those of `jobs` that squeue did not show; gives those of which nothing was told."""
+        with contextlib.suppress(Unanswered):
+            if missing := jobs - rows.keys():
+                rows |= commands.by_job(commands.remembered(missing))
+            if (missing := jobs - rows.keys()) and self._has_accounting():
+                rows |= commands.by_job(commands.accounting(jobs=missing))
+            return set()
+        return jobs - rows.keys()
 
     def _state(self, submission: Submission, rows: Mapping[str, Row]) -> JobState:
         row = rows.get(submission.job) or rows.get(self._job_folder(submission.job))
