@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import materialise, outcome
+from jobs import materialise, outcome, policy
 from jobs.effects import effect
 from jobs.errors import Paused, UserError
 from jobs.journal import Journal
@@ -82,7 +82,9 @@ class Runs:
             if run.name in found:
                 self._journal.record("run_submitted", submission=to_json(found[run.name]))
             else:
-                self._submit(run, frozenset())
+                record = self._journal.state.record(run.run.experiment)
+                avoid = policy.avoided_nodes(self._journal.state, record, run.run.seed)
+                self._submit(run, avoid)
         if running := [run.run.id for run in self._journal.state.running()]:
             self._say(f"adopted {len(running)} running: {', '.join(running)}")
 
