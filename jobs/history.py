@@ -365,6 +365,8 @@ class _Fold:
         details = result.get("details") or {}
         run = opened.intended["run"]
         node = result.get("node") or (opened.submitted or {}).get("node")
+        if details.get("cancelled"):
+            node = None  # it had no part in that
         ended = RunRecord(
             seed=run["seed"],
             attempt=run["attempt"],
@@ -380,6 +382,8 @@ class _Fold:
         record = self._record(run["experiment"])
         self._store(record._replace(runs=(*record.runs, ended)))
         branch = self.branch(record.branch)
+        if branch["head"] is None and ended.status != "infrastructure":
+            branch["gpu"] = result.get("gpu")
         if ended.node and ended.misplaced:
             branch["unfit"] = tuple(dict.fromkeys((*branch["unfit"], ended.node)))
         elif ended.node and not ended.preempted:

@@ -84,30 +84,29 @@ def _usual(state: State, branch: str, name: str) -> float | None:
     return statistics.median(times) if times else None
 
 
-def wall_limit_s(config: Config, ceiling: float | None) -> float:
+def wall_limit_s(state: State, config: Config, branch: str) -> float:
     """What a whole run may take before it is ended, in seconds of wall time."""
     if config.run.wall_limit:
         return config.run.wall_limit
-    length = budget(config)
-    training = length.amount if ceiling is None else ceiling
+    ceiling = feed_ceiling_s(state, config, branch)
+    training = budget(config).amount if ceiling is None else ceiling
     if config.task.kind == "general":
         return training + SCORING_S + ENDING_S
-    overrun = max(1.0, 0.01 * training)
-    return startup_free_s(config) + training + overrun + SCORING_S + ENDING_S
+    overrun, scoring = max(1.0, 0.01 * training), scoring_limit_s(state, branch)
+    return startup_free_s(config) + training + overrun + scoring + ENDING_S
 
 
 def first_wish(config: Config) -> tuple[float, list[Place]]:
     """What the first runs ask of an executor: seconds of wall time, and their branches' places."""
-    limit_s = wall_limit_s(config, feed_ceiling_s(State(), config, ""))
-    return limit_s, [place_of(vars(branch)) for branch in config.branches.values()]
+    places = [place_of(vars(branch)) for branch in config.branches.values()]
+    return wall_limit_s(State(), config, ""), places
 
 
 def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Path) -> Task:
     """All that the wrapper on the node needs to know; paths are absolute."""
     config = site.config
     general = config.task.kind == "general"
-    ceiling = feed_ceiling_s(state, config, experiment.branch)
-    limit = wall_limit_s(config, ceiling)
+    limit = wall_limit_s(state, config, experiment.branch)
     cache = site.caches and site.caches / experiment.branch / "cache"
     scorer = None
     if general and config.task.scorer:
@@ -129,7 +128,7 @@ def task(site: Site, state: State, experiment: Experiment, run: Run, run_dir: Pa
         seed=run.seed,
         budget=TaskBudget(run.budget.kind, run.budget.amount),
         startup_free_s=None if general else startup_free_s(config),
-        feed_ceiling_s=ceiling,
+        feed_ceiling_s=feed_ceiling_s(state, config, experiment.branch),
         scoring_limit_s=min(
             SCORING_S if general else scoring_limit_s(state, experiment.branch), limit
         ),

@@ -137,7 +137,7 @@ def dry_run(config: Config, root: Path) -> str:
         + "; `autoresearch doctor` asks Slurm and the API, too",
         f"its first run: {json.dumps(task.to_json(), indent=1)}",
         submission.preview(
-            config.executor, f"{config.campaign}-{run.id}", folder, task.wall_limit_s
+            config.executor, f"{config.campaign}-{run.id}", folder, *materialise.first_wish(config)
         ),
     ]
     return "\n".join(lines)

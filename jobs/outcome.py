@@ -54,8 +54,14 @@ def lost(run: Run, reason: str, state: JobState) -> Result:
         "oom" if state.oom else "infrastructure",
         reason,
         node=state.node,
-        details={"preempted": True} if state.preempted else {},
+        details=excuse(state),
     )
+
+
+def excuse(state: JobState) -> dict[str, bool]:
+    """Of a run that was ended from outside: what takes the blame from its node."""
+    told = {"preempted": state.preempted, "cancelled": state.cancelled}
+    return {name: True for name, holds in told.items() if holds}
 
 
 def gap_s(earlier: str | None, later: str | None) -> float | None:

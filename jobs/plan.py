@@ -48,7 +48,7 @@ def _next_run(
     tries = [r for r in record.runs if r.seed == seed]
     if not tries:
         run = Run(experiment, seed, 1, budget, scale)
-        yield Wanted(run, purpose, policy.avoided_nodes(state, record.branch))
+        yield Wanted(run, purpose, policy.avoided_nodes(state, record, seed))
         return
     fate = policy.after(state, record, seed)
     if isinstance(fate, policy.Retry):

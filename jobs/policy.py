@@ -52,14 +52,13 @@ def after(state: State, record: Record, seed: int) -> Retry | Crash | Park | Non
     # Preemption is nobody's fault: it is tried again, and does not count. Nor is another GPU model
     # the fault of node or idea, but it may be all there is.
     died = [r for r in tries if r.status == "infrastructure" and not r.preempted]
-    deaths = [r for r in died if not r.misplaced]
+    deaths = _deaths(record, seed)
     fate: Crash | Park | None = None
     if last.misplaced:
         fate = _tired(state, len(died))
     elif not last.preempted:
         fate = _fate(state, record.id, deaths)
-    avoid = {r.node for r in deaths if r.node} | avoided_nodes(state, record.branch)
-    return fate or Retry(last.attempt + 1, frozenset(avoid))
+    return fate or Retry(last.attempt + 1, avoided_nodes(state, record, seed))
 
 
 def _fate(state: State, experiment: str, deaths: list[RunRecord]) -> Crash | Park | None:
@@ -92,9 +91,16 @@ def _ran_others(state: State, node: str, experiment: str, since: int = -1) -> bo
     )
 
 
-def avoided_nodes(state: State, branch: str) -> frozenset[str]:
-    """Nodes that no run of the branch should be on."""
-    return excluded_nodes(state).union(state.branch(branch).unfit)
+def avoided_nodes(state: State, record: Record, seed: int) -> frozenset[str]:
+    """Nodes that a seed's next run should not be on: those it died on, and no run should."""
+    died = {r.node for r in _deaths(record, seed) if r.node}
+    return excluded_nodes(state).union(state.branch(record.branch).unfit, died)
+
+
+def _deaths(record: Record, seed: int) -> list[RunRecord]:
+    """The seed's runs whose end may be the fault of node or idea."""
+    died = [r for r in record.runs if r.seed == seed and r.status == "infrastructure"]
+    return [r for r in died if not r.preempted and not r.misplaced]
 
 
 def excluded_nodes(state: State) -> frozenset[str]:

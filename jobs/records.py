@@ -23,7 +23,7 @@ class RunRecord(NamedTuple):
     purpose: str  # "screen", "confirm"
     status: str
     metric: float | None
-    node: str | None
+    node: str | None  # None, too, where it had no part in the end: the run was cancelled
     preempted: bool
     n: int  # count of its run_ended event: orders ends
     place: Place
@@ -149,6 +149,7 @@ class Branch:
     notes: tuple[str, ...] = ()  # what its researcher was told
     spent: Usage = field(default_factory=Usage)
     unfit: tuple[str, ...] = ()  # nodes that have another GPU model than it wants
+    gpu: str | None = None  # the model that its baseline ran on
     allocated_s: float = 0.0  # seconds that places were held for its runs
     training_s: float = 0.0
 

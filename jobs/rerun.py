@@ -60,7 +60,8 @@ def afresh(state: State, experiments: Sequence[Experiment], timed: bool, kind: s
     for name, branch in state.branches.items():
         settings = {k: v for k, v in branch.settings.items() if k not in dropped}
         first = branch.baseline if timed else None
-        branches[name] = dataclasses.replace(branch, settings=settings, baseline=first)
+        # of any GPU model: it may be run again elsewhere
+        branches[name] = dataclasses.replace(branch, settings=settings, baseline=first, gpu=None)
     return dataclasses.replace(state, records=records, open_runs={}, branches=branches)
 
 

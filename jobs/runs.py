@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import materialise, outcome
+from jobs import materialise, outcome, policy
 from jobs.effects import effect
 from jobs.errors import Paused, UserError
 from jobs.journal import Journal
@@ -20,6 +21,7 @@ from jobs.plan import Wanted
 from jobs.records import OpenRun
 from jobs.repository import Repository
 from jobs.submission import Executor, JobState, place_of
+from trainer.referee import task
 
 LOST_AFTER_S = 60.0  # a job that Slurm does not know any more may still be writing its result
 EXPLAINED_AFTER_S = 60.0  # so long a run that was ended from outside waits for Slurm's reason
@@ -80,7 +82,9 @@ class Runs:
             if run.name in found:
                 self._journal.record("run_submitted", submission=to_json(found[run.name]))
             else:
-                self._submit(run, frozenset())
+                record = self._journal.state.record(run.run.experiment)
+                avoid = policy.avoided_nodes(self._journal.state, record, run.run.seed)
+                self._submit(run, avoid)
         if running := [run.run.id for run in self._journal.state.running()]:
             self._say(f"adopted {len(running)} running: {', '.join(running)}")
 
@@ -94,7 +98,8 @@ class Runs:
         experiment, folder = state.experiment(run.run.experiment), self.folder(run)
         with effect("run.folder"):
             folder.mkdir(parents=True, exist_ok=True)
-            materialise.task(site, state, experiment, run.run, folder).save()
+            told = materialise.task(site, state, experiment, run.run, folder)
+            told.save()
         editable = () if site.config.task.kind == "general" else site.config.task.editable
         place = place_of(state.branch(run.branch).settings)
         try:
@@ -104,19 +109,14 @@ class Runs:
             return
         try:
             with effect("run.submit"):
-                limit = self._limit_s(run)
-                submission = self._executor.submit(run.run, run.name, folder, limit, avoid, place)
+                asked = (told.wall_limit_s, avoid, place)
+                submission = self._executor.submit(run.run, run.name, folder, *asked)
         except UserError as error:
             if not place:
                 raise
             self._refused[run.run.id] = str(error)  # its branch's own fault: the others carry on
             return
         self._journal.record("run_submitted", submission=to_json(submission))
-
-    def _limit_s(self, run: OpenRun) -> float:
-        config = self._site.config
-        ceiling = materialise.feed_ceiling_s(self._journal.state, config, run.branch)
-        return materialise.wall_limit_s(config, ceiling)
 
     def progress(self) -> str:
         """How far the runs under way are, for people: 'e0003 s1 43 % loss 3.21 | ...'."""
@@ -172,8 +172,14 @@ class Runs:
         if not os.path.exists(f"{self._site.campaign_dir}/runs/{run.folder}/result.json"):
             return None  # asked for every run at every look: no Path is made for that
         result = outcome.read(self.folder(run), run.run)
-        wanted = place_of(self._journal.state.branch(run.branch).settings).get("gpu")
-        if result is None or result.gpu is None or (wanted or "").lower() in result.gpu.lower():
+        if result is None or result.gpu is None:
+            return result
+        branch = self._journal.state.branch(run.branch)
+        if wanted := place_of(branch.settings).get("gpu"):
+            fits = _is_model(wanted, result.gpu)
+        else:  # one model for all of a branch: its baseline's
+            wanted, fits = branch.gpu, branch.gpu in (None, result.gpu)
+        if fits:
             return result
         why = f"it ran on {result.gpu}, its branch wants {wanted}"
         details = {**result.details, "misplaced": True}  # no fault of its node, or of the idea
@@ -198,12 +204,13 @@ class Runs:
         if self._site.config.executor.kind == "allocation" and result.total_s is not None:
             details["allocated_s"] = result.total_s + (turnaround or 0.0)  # ours in between, too
         if result.status == "infrastructure" and state and state.phase == "ended":
-            details |= {"job_end": state.reason} | ({"preempted": True} if state.preempted else {})
+            details |= {"job_end": state.reason} | outcome.excuse(state)
         return dataclasses.replace(result, queue_s=queued, turnaround_s=turnaround, details=details)
 
     def _turnaround(self, result: Result) -> float | None:
         """Seconds that its place was free; None for the first run there since this start."""
-        place = result.node, result.details.get("device")
+        # Under ConstrainDevices the device is 0 in every job.
+        place = result.node, result.details.get("gpu_uuid") or result.details.get("device")
         if place[1] is None and self._site.config.executor.slots > 1:
             return None  # of several places on a node without devices, nobody knows which
         freed, self._freed[place] = self._freed.get(place), result.ended
@@ -224,7 +231,8 @@ class Runs:
         self._states |= states
         found: dict[str, Result | None] = {}
         for run in running:
-            state = states.get(run.run.id, JobState("absent"))
+            if (state := states.get(run.run.id)) is None:
+                continue
             if self._lasts(run, "stuck", STUCK_AFTER_S, state.permanent):
                 raise Paused(
                     f"run {run.run.id} waits for ever: {state.reason}",
@@ -244,10 +252,21 @@ class Runs:
         return f"its job is {state.phase} without a result ({state.reason or 'no reason given'})"
 
     def _hung(self, run: OpenRun) -> str | None:
-        limit, claim = self._limit_s(run) + HANG_MARGIN_S, self.folder(run) / "claim.json"
-        if not claim.exists() or time.time() - claim.stat().st_mtime < limit:
+        claim = self.folder(run) / "claim.json"
+        if not claim.exists():
+            return None
+        limit = task.load(self.folder(run)).wall_limit_s + HANG_MARGIN_S
+        if time.time() - claim.stat().st_mtime < limit:
             return None
         assert run.submission is not None  # only submitted runs are surveyed
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
         return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
+
+
+def _is_model(wanted: str, name: str) -> bool:
+    """Whether a type as Slurm has it ('a100_80gb', 'rtx3090') is that of a GPU as its driver names
+    it ('NVIDIA A100-SXM4-80GB', 'NVIDIA GeForce RTX 3090'): each part is there."""
+    between, parts = "[^a-z0-9]*", re.findall("[a-z0-9]+", wanted.lower())
+    words = (f"(?<![a-z0-9]){between.join(part)}(?![0-9])" for part in parts)
+    return all(re.search(word, name.lower()) for word in words)

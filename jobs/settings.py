@@ -229,7 +229,7 @@ class Branch:
     start: str | None = _says(None, "commit to start from; null: the checked-out one")
     node: str | None = _says(None, "only on this node")
     constraint: str | None = _says(None, "only on nodes with this feature (Slurm)")
-    gpu: str | None = _says(None, "GPU model; a run on another one does not count")
+    gpu: str | None = _says(None, "GPU model, null: its baseline's; runs on another do not count")
 
 
 @dataclass(frozen=True, config=_STRICT)

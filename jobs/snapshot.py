@@ -21,7 +21,7 @@ from jobs.ledger import Lines, Tail, read, sync_folder
 from jobs.model import from_json, to_json
 from jobs.records import Branch, Chunk, NodeRun, OpenRun, Request, Vector
 
-VERSION = 3
+VERSION = 4
 _PROOF_BYTES = 65536  # of the ledger's first and last bytes that a snapshot vouches for
 
 # Fields of a State that are JSON as they are (in_flight but for being a tuple).

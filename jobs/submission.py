@@ -35,6 +35,7 @@ class JobState:
     permanent: bool = False  # pending for a reason that waiting does not mend
     queue_s: float | None = None
     preempted: bool = False
+    cancelled: bool = False  # by somebody, or its whole allocation ended: no doing of its node
     oom: bool = False  # its memory limit ended it, by the cgroup's evidence
 
 
@@ -64,7 +65,8 @@ class Executor(Protocol):
         """Hand over one run. Raises UserError for settings that are wrong, Paused for an outage."""
 
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
-        """State by run id, by one query for all of them; None: the query failed, no information."""
+        """State by run id, by one query for all of them; no information where the query failed
+        (None), or of a run that is left out."""
 
     def find(self, names: Iterable[str]) -> Mapping[str, Submission]:
         """Jobs that exist under these names: how intents are reconciled after a kill."""
@@ -99,13 +101,18 @@ def require(
         trial.require(settings, campaign_dir, limit_s, places)
 
 
-def preview(settings: Settings, name: str, run_dir: Path, limit_s: float) -> str:
-    """What would be handed to the machine or to Slurm for one run, letter by letter."""
+def preview(
+    settings: Settings, name: str, run_dir: Path, limit_s: float, places: Sequence[Place]
+) -> str:
+    """What would be handed to the machine or to Slurm for one run, letter by letter.
+
+    `places`: where the branches want to run, the run's own first.
+    """
     if settings.kind == "local":
         return f"$ {shlex.join(_payload(run_dir))}\n"
     from slurm import script
 
-    return script.preview(settings, name, run_dir.parents[2], limit_s)
+    return script.preview(settings, name, run_dir.parents[2], limit_s, places)
 
 
 def _payload(run_dir: Path) -> list[str]:

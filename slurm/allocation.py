@@ -28,7 +28,7 @@ from slurm.executor import Sbatch, last_line, scancel, state_of
 from slurm.step import AllocationExecutor, StepJob
 from slurm.table import Entry, Table
 
-END_MARGIN_S = 20.0  # of an allocation's time, beyond a run's limit: nothing is cut off at its end
+ELSEWHERE_S = 300.0  # a run that is to avoid all nodes held waits so long for others
 LAUNCHES = 5  # of one run's step; more than one only where srun could not start it
 CLOSE_S = 10.0  # a controller that leaves its job waits so long for steps to begin
 # In srun's words. After slurmctld was restarted, places stay taken for up to a minute.
@@ -79,6 +79,7 @@ class AllocationRuns:
     stale_s = script.STALE_S
     idle_s = script.IDLE_S
     heartbeat_s = script.HEARTBEAT_S
+    elsewhere_s = ELSEWHERE_S
 
     def __init__(
         self,
@@ -120,15 +121,12 @@ class AllocationRuns:
     ) -> Submission:
         """Start one run in a free place, or keep it for the next `survey` that finds one.
 
-        Raises UserError: Slurm refused the holder for a setting; with its own words.
+        Raises UserError: Slurm refused the holder for a setting, with its own words; or as
+        `script.check_hold`.
         """
         avoided = tuple(sorted(avoid))
         entry = Entry(run.id, name, str(run_dir.absolute()), limit_s, avoided, dict(place))
-        if limit_s + END_MARGIN_S > self._settings.hold_hours * 3600:
-            raise UserError(
-                f"a run may take {limit_s:.0f} s, which never fits into an allocation of"
-                f" executor.hold_hours: {self._settings.hold_hours}"
-            )
+        script.check_hold(self._settings, limit_s)
         self._table.put(entry)
         self._known.add(run.id)
         self._keep_beating()
@@ -147,13 +145,34 @@ class AllocationRuns:
 
         Raises UserError.
         """
+        self._let_be_anywhere(runs, self.elsewhere_s)
         waiting = [e for e in self._table if e.run in runs and e.launched is None]
         for entry in waiting:
             if place := self._free_place(entry):
                 self._launch(entry, *place)
         active = [e for e in self._table if e.run in runs and not e.finished]
-        if active and not self._provided(active):
-            self._ask_for_holder(active)
+        if not (lacking := self._lacking(active)):
+            return
+        avoid = set.intersection(*(set(entry.avoid) for entry in lacking))
+        try:
+            self._ask_for_holder(active, avoid)
+        except UserError:
+            if not avoid:
+                raise
+            # There are no other nodes: what is held will do, or else what can be held.
+            if self._let_be_anywhere(runs, 0.0):
+                self._start_waiting(runs)
+            else:
+                self._ask_for_holder(active)
+
+    def _let_be_anywhere(self, runs: Iterable[str], after_s: float) -> bool:
+        """Those that have waited so long for others than the nodes held. Whether there was one."""
+        waiting = [e for e in self._table if e.run in runs and e.launched is None]
+        bound = [e for e in waiting if not self._has_node(e) and time.time() - e.asked >= after_s]
+        found = [free for e in bound if self._has_node(free := replace(e, avoid=()))]
+        for free in found:
+            self._table.put(free)
+        return bool(found)
 
     def _free_place(self, entry: Entry) -> tuple[str, str, int] | None:
         """(holder, node, place) for a run: a pair that no other has, in the newest holder."""
@@ -167,7 +186,7 @@ class AllocationRuns:
                         return holder.row.job, node, slot
         return None
 
-    def _fits(self, holder: Holder, entry: Entry, ahead_s: float = END_MARGIN_S) -> bool:
+    def _fits(self, holder: Holder, entry: Entry, ahead_s: float = script.END_MARGIN_S) -> bool:
         """Whether the run could go through in this holder, were a place free for it."""
         usable = holder.running and not holder.shrunk and bool(_usable(holder, entry))
         return usable and holder.left_s >= entry.limit_s + ahead_s
@@ -219,20 +238,20 @@ class AllocationRuns:
             self._names[row.nodes] = tuple(commands.hostnames(row.nodes))
         return self._names[row.nodes]
 
-    def _provided(self, active: Sequence[Entry]) -> bool:
-        """Whether a holder is on its way, or one will last until the next could be had."""
+    def _lacking(self, active: Sequence[Entry]) -> list[Entry]:
+        """Those for which no holder will last until the next could be had, and none is coming."""
         if self._holders is None:
-            return True  # nothing is known: ask for nothing
+            return []  # nothing is known: ask for nothing
         if any(not holder.running for holder in self._holders):
-            return True
+            return []
         ahead = min(900.0, self._settings.hold_hours * 900)  # at most a quarter of its time
-        longest = max(active, key=lambda entry: entry.limit_s)
-        asked = [longest, *(entry for entry in active if "node" in entry.place)]
-        return all(any(self._fits(h, entry, ahead) for h in self._holders) for entry in asked)
+        return [e for e in active if not self._has_node(e, ahead)]
 
-    def _ask_for_holder(self, active: Sequence[Entry]) -> None:
+    def _has_node(self, entry: Entry, ahead_s: float = script.END_MARGIN_S) -> bool:
+        return any(self._fits(holder, entry, ahead_s) for holder in self._holders or [])
+
+    def _ask_for_holder(self, active: Sequence[Entry], avoid: Iterable[str] = ()) -> None:
         limit = max(entry.limit_s for entry in active)
-        avoid = set.intersection(*(set(entry.avoid) for entry in active))
         nodes = {entry.place["node"] for entry in active if "node" in entry.place}
         shrunk = [len(holder.nodes) for holder in self._holders or [] if holder.shrunk]
         text = script.holder_text(
@@ -394,7 +413,10 @@ class AllocationRuns:
         became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"
         reason = f"its allocation, job {entry.holder}, is {became}"
         preempted = holder is not None and holder.state == "PREEMPTED"
-        return replace(state, phase="ended", reason=reason, preempted=preempted)
+        # By --no-kill only the loss of the last node ends it as NODE_FAIL.
+        cancelled = not preempted and (holder is None or holder.state != "NODE_FAIL")
+        ended = replace(state, phase="ended", reason=reason)
+        return replace(ended, preempted=preempted, cancelled=cancelled)
 
     def _ending(self, entry: Entry) -> str:
         srun = self._sruns.get(entry.run)
@@ -414,7 +436,7 @@ class AllocationRuns:
             return JobState("pending", reason, permanent=permanent)
         if self._submit.why:
             return JobState("pending", f"no allocation: {self._submit.why}")
-        if not any(self._fits(holder, entry) for holder in holders):
+        if not self._has_node(entry):
             why_not = "no allocation has time or nodes for it; the next is asked for"
             return JobState("pending", why_not)
         said = last_line(self._srun_log(entry))

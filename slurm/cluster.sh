@@ -2,7 +2,8 @@
 # A real Slurm cluster (4 virtual nodes x 2 pretend GPUs) and a real Apptainer on this machine, for development and tests.
 #
 #   slurm/cluster.sh up [--accounting]   install what is missing, start what is not running; the switch
-#                                        is followed also while jobs run
+#                                        is followed also while jobs run; exit status 77 where this
+#                                        machine can have no cluster
 #   slurm/cluster.sh down                end exactly what `up` started (packages stay installed)
 #   slurm/cluster.sh status              what runs; exit status 0 only if all of it does
 #
@@ -21,21 +22,22 @@ CTLD_PORT=16817 DBD_PORT=16819 DB_PORT=16806
 
 say() { echo "cluster: $*"; }
 die() { echo "cluster: $*" >&2; exit 1; }
+cannot() { echo "cluster: $*" >&2; exit 77; } # this machine can have no cluster: not the same as a broken one
 
 # ---------------------------------------------------------------- what this machine can do
 
 check_host() {
-  [ "$(id -u)" = 0 ] || die "needs root: it installs packages, makes device files and starts daemons (sudo $0 ...)"
-  command -v apt-get >/dev/null || die "knows Debian and Ubuntu only (no apt-get here): run it in a VM, or use a Slurm you have"
+  [ "$(id -u)" = 0 ] || cannot "needs root: it installs packages, makes device files and starts daemons (sudo $0 ...)"
+  command -v apt-get >/dev/null || cannot "knows Debian and Ubuntu only (no apt-get here): run it in a VM, or use a Slurm you have"
   if [ -e $LINK ] && [ "$(readlink $LINK)" != $CONF ]; then
-    die "this machine has a Slurm of its own ($LINK): nothing was touched; use that one"
+    cannot "this machine has a Slurm of its own ($LINK): nothing was touched; use that one"
   fi
   [ -n "$(ls /sys/fs/cgroup 2>/dev/null)" ] ||
-    die "nothing is mounted on /sys/fs/cgroup, and slurmd does not start without: a chroot or a minimal container? Use a VM"
+    cannot "nothing is mounted on /sys/fs/cgroup, and slurmd does not start without: a chroot or a minimal container? Use a VM"
   mkdir -p $STATE/{spool,log,cache} $RUN/{etc,pid,dev}
   for gpu in 0 1; do # a gres needs a device file of its own: with Count= alone the nodes come up invalid
     [ -c $RUN/dev/gpu$gpu ] || mknod -m 666 $RUN/dev/gpu$gpu c 1 3 ||
-      die "mknod was refused: an unprivileged container? Use a VM, or a container with the MKNOD capability"
+      cannot "mknod was refused: an unprivileged container? Use a VM, or a container with the MKNOD capability"
   done
 }
 
@@ -410,5 +412,5 @@ status() {
 
 case "${1:-}" in
   up | down | status) "$@" ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -99,6 +99,12 @@ def sbatch(script: str, *options: str) -> str:
     return said.split(";")[0].strip()
 
 
+def exclude_only(job: str, nodes: Iterable[str]) -> None:
+    """A pending job may be on all nodes but these; where Slurm does not answer, it waits on."""
+    with contextlib.suppress(Unanswered):
+        ask(["scontrol", "update", f"jobid={job}", f"excnodelist={','.join(nodes)}"])
+
+
 def words(text: str) -> str:
     """What a command complained of, as one line."""
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:600]
@@ -274,6 +280,10 @@ _PERMANENT = (
         "a node could not start it: see sinfo -R, then scontrol release",
     ),
 )
+
+
+# Those of jobs whose nodes are there, and down or reserved; with other nodes they might start.
+NODES_AWAY = "ReqNodeNotAvail|DOWN, DRAINED"
 
 
 def remedy(reason: str) -> str | None:

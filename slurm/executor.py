@@ -7,6 +7,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class SlurmExecutor:
         self._waiting = Table(campaign_dir / "submitit" / "waiting.json")
         self._submit = Sbatch()
         self._refused: dict[str, str] = {}  # run id -> why its branch's place is none
+        self._avoiding: set[str] = set()  # jobs that are to avoid some nodes
         self._accounting: tuple[float, bool] | None = None  # when probed, and whether it works
 
     def submit(
@@ -94,6 +96,16 @@ class SlurmExecutor:
         return Submission(run.id, "slurm", name)
 
     def _sbatch(self, entry: Entry) -> str:
+        if not entry.avoid or "node" in entry.place:
+            return self._sbatch_as_asked(entry)
+        try:
+            job = self._sbatch_as_asked(entry)
+        except UserError:  # there may be no other nodes
+            return self._sbatch_as_asked(replace(entry, avoid=()))
+        self._avoiding.add(job)
+        return job
+
+    def _sbatch_as_asked(self, entry: Entry) -> str:
         folder = script.job_folder(self._campaign_dir, entry.name)
         folder.mkdir(parents=True, exist_ok=True)
         parameters = script.sbatch_parameters(
@@ -112,27 +124,29 @@ class SlurmExecutor:
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
         """State by run id. One squeue; scontrol and sacct once each, only where jobs are missing.
 
-        None: Slurm did not answer, which says nothing about any job.
+        None: Slurm did not answer, which says nothing about any job; nor is anything said of those
+        that scontrol or sacct were to tell of and did not.
         """
         try:
-            rows = self._rows(submissions)
+            found = commands.queue()
         except Unanswered:
             return None
+        rows = {**commands.by_folder(found), **commands.by_job(found)}
+        untold = self._add_ended({s.job for s in submissions if s.job.isdigit()}, rows)
         self._submit.outage = False
         self._submit_waiting(submissions, rows)
-        return {s.run: self._state(s, rows) for s in submissions}
+        self._let_be_anywhere(rows)
+        return {s.run: self._state(s, rows) for s in submissions if s.job not in untold}
 
-    def _rows(self, submissions: Sequence[Submission]) -> dict[str, Row]:
-        """Rows by job id and by job folder. Raises Unanswered."""
-        found = commands.queue()
-        rows = {**commands.by_folder(found), **commands.by_job(found)}
-        missing = [s.job for s in submissions if s.job not in rows and s.job.isdigit()]
-        if missing:
-            more = commands.by_job(commands.remembered(missing))
-            if (absent := set(missing) - set(more)) and self._has_accounting():
-                more = {**more, **commands.by_job(commands.accounting(jobs=absent))}
-            rows |= more
-        return rows
+    def _add_ended(self, jobs: set[str], rows: dict[str, Row]) -> set[str]:
+        """Adds those of `jobs` that squeue did not show; gives those of which nothing was told."""
+        with contextlib.suppress(Unanswered):
+            if missing := jobs - rows.keys():
+                rows |= commands.by_job(commands.remembered(missing))
+            if (missing := jobs - rows.keys()) and self._has_accounting():
+                rows |= commands.by_job(commands.accounting(jobs=missing))
+            return set()
+        return jobs - rows.keys()
 
     def _state(self, submission: Submission, rows: Mapping[str, Row]) -> JobState:
         row = rows.get(submission.job) or rows.get(self._job_folder(submission.job))
@@ -159,6 +173,13 @@ class SlurmExecutor:
                     raise
                 self._refused[entry.run] = str(error)
             self._waiting.drop(entry.run)
+
+    def _let_be_anywhere(self, rows: Mapping[str, Row]) -> None:
+        """Those jobs whose nodes are away, but for the ones that they were to avoid."""
+        for job in self._avoiding & rows.keys():
+            if rows[job].state == "PENDING" and re.search(commands.NODES_AWAY, rows[job].reason):
+                commands.exclude_only(job, self._settings.exclude)
+                self._avoiding.remove(job)
 
     def _job_folder(self, name: str) -> str:
         return str(script.job_folder(self._campaign_dir, name))
@@ -241,6 +262,7 @@ def state_of(row: Row, last_words: str = "") -> JobState:
         permanent=cure is not None,
         queue_s=row.queue_s,
         preempted=row.state == "PREEMPTED",
+        cancelled=row.state == "CANCELLED",
         oom=row.state == "OUT_OF_MEMORY",
     )
 

@@ -8,18 +8,20 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string as submitit_script
 
+from jobs.errors import UserError
 from jobs.settings import Executor as Settings
 
 HEARTBEAT_S = 15.0  # how often a controller shows that it is there
 STALE_S = 300.0  # without a heartbeat, a holder gives its nodes back
 IDLE_S = 1800.0  # without a run: a proposal may take 20 minutes
+END_MARGIN_S = 20.0  # of an allocation's time, beyond a run's limit: nothing is cut off at its end
 STEP_START_S = 60  # a step that finds no room within is tried again elsewhere
 
 
@@ -31,6 +33,15 @@ def minutes(limit_s: float, margin_s: float) -> int:
 def job_folder(campaign_dir: Path, name: str) -> Path:
     """Where submitit keeps a job: apart from run folders, and never bound into a container."""
     return campaign_dir.absolute() / "submitit" / name
+
+
+def check_hold(settings: Settings, limit_s: float) -> None:
+    """Raises UserError: a run that may take `limit_s` fits into no allocation."""
+    if limit_s + END_MARGIN_S > settings.hold_hours * 3600:
+        raise UserError(
+            f"a run may take {limit_s:.0f} s, which never fits into an allocation of"
+            f" executor.hold_hours: {settings.hold_hours:g}; hold its nodes for longer"
+        )
 
 
 def per_node(settings: Settings) -> int:
@@ -86,13 +97,14 @@ def sbatch_text(
     campaign_dir: Path,
     limit_s: float,
     avoid: Iterable[str] = (),
+    place: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The script that submitit submits for a run, as `run --dry-run` prints it."""
     folder = job_folder(campaign_dir, name)
     return submitit_script(
         command=submitit_command(folder),
         folder=folder,
-        **sbatch_parameters(settings, name, folder, limit_s, avoid),
+        **sbatch_parameters(settings, name, folder, limit_s, avoid, place),
     )
 
 
@@ -152,7 +164,10 @@ def holder_text(
     It compares two counters in a file that the controller rewrites: one is the heartbeat, the other
     stands still while no run is wanted. Only changes count, so no clocks are compared. Running
     steps are let finish, for as long as a run may take and squeue can be asked from a node.
+
+    Raises UserError: as `check_hold`.
     """
+    check_hold(settings, limit_s)
     count, folder = per_node(settings), campaign_dir.absolute() / "submitit"
     # The syntax `gpus` counts those of all nodes together: no range of nodes goes with it.
     fewer = at_least is not None and at_least < settings.nodes and settings.gpu_syntax != "gpus"
@@ -206,12 +221,23 @@ echo "giving the nodes back: $why"
 # -- what a dry run shows -------------------------------------------------------------------------
 
 
-def preview(settings: Settings, name: str, campaign_dir: Path, limit_s: float) -> str:
-    """All that would be handed to Slurm for one run, letter by letter."""
+def preview(
+    settings: Settings,
+    name: str,
+    campaign_dir: Path,
+    limit_s: float,
+    places: Sequence[Mapping[str, str]],
+) -> str:
+    """All that would be handed to Slurm for one run, letter by letter.
+
+    `places`: where the branches want to run, the run's own first.
+    """
+    asked = (settings, name, campaign_dir, limit_s)
     if settings.kind == "slurm":
-        return f"$ sbatch --parsable\n{sbatch_text(settings, name, campaign_dir, limit_s)}"
-    step = shlex.join(step_argv(settings, name, campaign_dir, limit_s, "HOLDER", "NODE", 0))
-    holder = holder_text(settings, campaign_dir, limit_s)
+        return f"$ sbatch --parsable\n{sbatch_text(*asked, place=places[0])}"
+    step = shlex.join(step_argv(*asked, "HOLDER", places[0].get("node", "NODE"), 0))
+    nodes = {place["node"] for place in places if "node" in place}
+    holder = holder_text(settings, campaign_dir, limit_s, nodes=nodes)
     return f"$ sbatch --parsable\n{holder}\nand in it, as job HOLDER:\n$ {step}\n"
 
 

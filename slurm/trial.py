@@ -45,9 +45,10 @@ def settings(
     """
     try:
         _require_programs(chosen)
+        texts = _texts(chosen, campaign_dir, limit_s, places)
     except UserError as error:
         return [Finding("Slurm", "failure", str(error), "Do what that says, then ask again")]
-    texts, accounts = _texts(chosen, campaign_dir, limit_s, places), commands.has_accounting()
+    accounts = commands.has_accounting()
     found = [taken(chosen, text) for text in texts]
     return [*found, memory(accounts, _min_job_age(), chosen)]
 
@@ -85,7 +86,7 @@ def _require_programs(chosen: Settings) -> None:
 def _texts(
     chosen: Settings, campaign_dir: Path, limit_s: float, places: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """The scripts that a campaign would submit first."""
+    """The scripts that a campaign would submit first. Raises UserError: as `script.check_hold`."""
     if chosen.kind == "allocation":
         nodes = {place["node"] for place in places if "node" in place}
         return [script.holder_text(chosen, campaign_dir, limit_s, nodes=nodes)]

@@ -19,7 +19,7 @@ from toylab import GIT, Lab, change, check_books, when
 
 from agent import brief
 from agent.researcher import Context
-from jobs import compare, config, lease, mirror, plan, process, submission
+from jobs import compare, config, lease, mirror, plan, process, runs, submission
 from jobs.errors import ConfigError, UserError
 from jobs.evidence import Evidence
 from jobs.history import fold
@@ -146,6 +146,51 @@ def test_a_run_on_another_gpu_model_does_not_count(
     assert wrong.verdict == "parked"
     assert state.branch("wrong").unfit == ("n1",)
     assert not any(run.died for run in state.nodes["n1"])
+
+
+def test_a_branch_that_names_no_gpu_model_keeps_to_its_baselines(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mixed(LocalExecutor):
+        """Only first attempts at an edit come to n2, which has other GPUs."""
+
+        def submit(self, run: Run, name: str, run_dir: Path, *rest: Any) -> Submission:
+            other = run.experiment != "e0001" and run.attempt == 1
+            told = {"protocol": 1, "status": "ok", "reason": "done", "facts": {"run": run.id}}
+            told |= {"value": 1.0 if other else 2.0 - run.seed, "node": "n2" if other else "n1"}
+            told |= {"gpu": "NVIDIA H200" if other else "NVIDIA H100 80GB HBM3"}
+            (run_dir / "result.json").write_text(json.dumps(told))
+            return Submission(run.id, "local", f"4194305@0@{process.boot_id()}", told["node"])
+
+    monkeypatch.setattr(submission, "executor", Mixed)
+    lab = make_lab(change(X=1), limits={"experiments": 2})
+    lab.run()
+    first, second = lab.state.results("e0002")
+    assert (first.status, first.details["misplaced"]) == ("infrastructure", True)
+    assert first.reason == "it ran on NVIDIA H200, its branch wants NVIDIA H100 80GB HBM3"
+    assert second.ok
+    assert lab.state.branch("main").unfit == ("n2",)
+    assert not any(run.died for seen in lab.state.nodes.values() for run in seen)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "fits"),
+    [
+        ("h100", "NVIDIA H100 80GB HBM3", True),
+        ("nvidia_h100_80gb_hbm3", "NVIDIA H100 80GB HBM3", True),
+        ("a100_80gb", "NVIDIA A100-SXM4-80GB", True),
+        ("a100", "NVIDIA A100 80GB PCIe", True),
+        ("rtx3090", "NVIDIA GeForce RTX 3090", True),
+        ("A100_80gb", "NVIDIA A100-SXM4-40GB", False),
+        ("h100", "NVIDIA A100-SXM4-80GB", False),
+        ("a10", "NVIDIA A100-SXM4-80GB", False),
+        ("h200", "NVIDIA GH200 480GB", False),
+    ],
+)
+def test_a_gpus_type_in_slurm_is_told_from_its_name_by_the_driver(
+    wanted: str, name: str, fits: bool
+) -> None:
+    assert runs._is_model(wanted, name) is fits
 
 
 def test_a_job_has_its_branchs_node_feature_and_gpu() -> None:

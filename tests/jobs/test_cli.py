@@ -350,6 +350,31 @@ def test_dry_run_checks_everything_and_leaves_nothing(inside: Lab, autoresearch:
     assert not (inside.root / "campaigns").exists()
 
 
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_dry_run_shows_the_place_that_the_first_branch_names(
+    inside: Lab, autoresearch: Run, kind: str
+) -> None:
+    place = {"node": "n3"} | ({"constraint": "fast", "gpu": "h100"} if kind == "slurm" else {})
+    inside.configure(executor={"kind": kind, "nodes": 2}, branches={"main": place})
+    status, out, _ = autoresearch("run", "--dry-run")
+    assert status == 0
+    assert "#SBATCH --nodelist=n3\n" in out
+    if kind == "slurm":
+        assert "#SBATCH --constraint=fast\n" in out
+        assert "#SBATCH --gres=gpu:h100:1\n" in out
+    else:
+        assert " --nodelist=n3 " in out.partition("$ srun ")[2]
+
+
+def test_dry_run_refuses_nodes_that_are_held_for_less_than_a_run(
+    inside: Lab, autoresearch: Run
+) -> None:
+    inside.configure(executor={"kind": "allocation", "hold_hours": 0.1})
+    status, _, err = autoresearch("run", "--dry-run")
+    assert status == 2
+    assert "executor.hold_hours: 0.1" in err
+
+
 @pytest.mark.parametrize(
     ("branch", "told"),
     [({"start": "deadbeef"}, "deadbeef"), ({"program": "gone.md"}, "gone.md")],

@@ -43,3 +43,10 @@ def test_a_commit_names_its_image_by_tag_by_bytes_and_by_what_a_registry_calls_i
     image = (told["Container-Tag"], told["Container-SHA256"], told["Registry-Digest"])
     assert image == ("cpu", "a" * 64, address)
     assert told["Data-Manifest-SHA256"] is None
+
+
+def test_a_runs_limit_holds_no_more_time_for_scoring_than_scoring_may_take() -> None:
+    five_minutes = config.parse({"budget": {"wall": 300, "startup_free": 60}})
+    state = after_a_baseline(scoring_s=4.0).state
+    limits = [materialise.wall_limit_s(state, five_minutes, name) for name in ("main", "new")]
+    assert limits == [60 + 300 + 3 + scoring + 30 for scoring in (60, 600)]

@@ -218,6 +218,22 @@ def test_preemption_does_not_count() -> None:
     assert isinstance(story.dies(experiment, "n2"), Crash)
 
 
+def test_a_cancelled_run_counts_as_an_attempt_and_blames_neither_node_nor_idea() -> None:
+    """As when somebody ends all jobs at once, and then once more."""
+    nodes = ("n1", "n2", "n3", "n4")
+    story, all_at_once = cluster(*nodes), {"cancelled": True}
+    ideas = [story.propose() for _ in range(8)]
+    for attempt in (2, 3):
+        for number, idea in enumerate(ideas):
+            node = nodes[(number + attempt) % 4]
+            assert story.dies(idea, node, details=all_at_once) == Retry(attempt, frozenset())
+    for idea in ideas[1:]:
+        story.run(idea, 1.9, node="n1")
+    assert policy.excluded_nodes(story.state) == frozenset()
+    assert not any(run.died for runs in story.state.nodes.values() for run in runs)
+    assert isinstance(story.dies(ideas[0], "n1", details=all_at_once), Park)  # not for ever
+
+
 def test_another_gpu_model_is_neither_the_nodes_nor_the_ideas_fault() -> None:
     story, wrong = cluster("n1", "n2", "n3"), {"misplaced": True}
     story.put("branch_added", branch="choosy", settings={"gpu": "h100"})
@@ -227,7 +243,8 @@ def test_another_gpu_model_is_neither_the_nodes_nor_the_ideas_fault() -> None:
         story.run(experiment, 1.9, node="n2")
         story.decide(experiment)
     assert policy.excluded_nodes(story.state) == frozenset()
-    assert policy.avoided_nodes(story.state, "choosy") == {"n1", "n3"}
+    fresh = story.propose("choosy")
+    assert policy.avoided_nodes(story.state, story.state.record(fresh), seed=1) == {"n1", "n3"}
     assert story.dies(story.propose("choosy"), "n2").avoid == {"n1", "n2", "n3"}
     assert story.dies(story.propose(), "n2").avoid == {"n2"}  # the others' runs may go there
 

@@ -31,13 +31,24 @@ class Cluster(LocalExecutor):
 
     surveys: Iterator[JobState | None]
     seen: list[tuple[float, JobState | None]]
+    asked: list[tuple[str, frozenset[str]]]  # attempts, and the nodes that they are not to be on
     ends = True
+    cards = ("GPU-1", "GPU-1")  # of both attempts
+    away: Iterator[bool] = iter(())  # whether a submission fails
 
     def submit(self, run: Run, name: str, run_dir: Path, *rest: Any) -> Submission:
+        self.asked.append((run.id, rest[1]))
+        if next(self.away, False):
+            raise Paused("the controller's host goes down")
         told = {**TOLD, "status": "infrastructure", "value": None, "facts": {"run": run.id}}
         if run.attempt > 1:
             told |= {"status": "ok", "value": 1.0, "reason": "done"}
-        told |= {"device": "0", "total_seconds": 4.0, "started": at(9 * run.attempt)}
+        told |= {
+            "device": "0",
+            "gpu_uuid": self.cards[(run.attempt - 1) % 2],
+            "total_seconds": 4.0,
+            "started": at(9 * run.attempt),
+        }
         told |= {"ended": at(9 * run.attempt + 4)}
         if self.ends:
             (run_dir / "result.json").write_text(json.dumps(told))
@@ -48,7 +59,7 @@ class Cluster(LocalExecutor):
             return {}
         state = next(self.surveys)
         self.seen.append((time.monotonic(), state))
-        return state and {one.run: state for one in submissions}
+        return state and {one.run: state for one in submissions if state != UNTOLD}
 
 
 @pytest.fixture
@@ -65,6 +76,7 @@ def night(make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., L
         monkeypatch.setattr(submission, "require", lambda *asked: None)
         monkeypatch.setattr(Cluster, "surveys", seen(), raising=False)
         monkeypatch.setattr(Cluster, "seen", [], raising=False)
+        monkeypatch.setattr(Cluster, "asked", [], raising=False)
         monkeypatch.setattr(Cluster, "ends", ends)
         return make_lab(executor={"kind": "slurm", "poll_seconds": 0.05}, limits={"experiments": 1})
 
@@ -72,15 +84,22 @@ def night(make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., L
 
 
 RUNNING = JobState("running", node="n1", queue_s=2.0)
+UNTOLD = JobState("nothing is told of it")
 
 
 @pytest.mark.parametrize(
-    ("reason", "preempted"), [("PREEMPTED", True), ("TIMEOUT", False), ("NODE_FAIL", False)]
+    ("reason", "excuse"),
+    [
+        ("PREEMPTED", {"preempted": True}),
+        ("CANCELLED", {"cancelled": True}),
+        ("TIMEOUT", {}),
+        ("NODE_FAIL", {}),
+    ],
 )
 def test_a_run_that_slurm_ended_is_recorded_once_slurm_says_why(
-    night: Callable[..., Lab], reason: str, preempted: bool
+    night: Callable[..., Lab], reason: str, excuse: dict[str, bool]
 ) -> None:
-    ended = JobState("ended", reason, node="n1", queue_s=2.0, preempted=preempted)
+    ended = JobState("ended", reason, node="n1", queue_s=2.0, **excuse)
     lab = night(RUNNING, None, ended)
     lab.run()
     state = lab.state
@@ -90,8 +109,9 @@ def test_a_run_that_slurm_ended_is_recorded_once_slurm_says_why(
         reason,
         2.0,
     )
-    assert state.record("e0001").runs[0].preempted is preempted
-    assert [run.died for run in state.nodes["n1"]] == ([False] if preempted else [True, False])
+    assert excuse.items() <= first.details.items()
+    assert state.record("e0001").runs[0].preempted is ("preempted" in excuse)
+    assert [run.died for run in state.nodes["n1"]] == ([False] if excuse else [True, False])
     assert second.ok
     assert deciding.verify(lab.events()) == []
 
@@ -121,6 +141,38 @@ def test_what_a_place_waited_for_its_next_run_is_recorded(
     assert lab.call("report")[0] == 0
     said = (lab.folder / "report" / "index.html").read_text()
     assert "In the median 2.0 s in the queue, 5.0 s from a run's end to the next." in said
+
+
+def test_the_place_of_a_run_is_its_gpu_where_each_job_counts_its_own(
+    night: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cluster, "cards", ("GPU-1", "GPU-2"))
+    lab = night(JobState("ended", "FAILED", queue_s=2.0))
+    lab.run()
+    assert [result.turnaround_s for result in lab.state.results("e0001")] == [None, None]
+
+
+def test_a_retry_intended_before_a_kill_still_avoids_the_node_that_it_died_on(
+    night: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cluster, "away", iter([False, True]))
+    lab = night(JobState("ended", "FAILED", node="n1"))
+    with pytest.raises(Paused):
+        lab.run()
+    assert "e0001-s1-a2" in lab.state.open_runs
+    lab.run()
+    tries = [("e0001-s1-a1", frozenset[str]()), *[("e0001-s1-a2", frozenset({"n1"}))] * 2]
+    assert Cluster.asked == tries
+
+
+def test_a_run_of_which_nothing_is_told_is_not_lost(
+    night: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LOST_AFTER_S", 0.0)
+    lab = night(RUNNING, UNTOLD, UNTOLD, JobState("ended", "NODE_FAIL"), ends=False)
+    lab.run()
+    first = lab.state.results("e0001")[0]
+    assert "NODE_FAIL" in first.reason
 
 
 STUCK = JobState("pending", "AssocGrpGRES: used up", permanent=True)

@@ -83,7 +83,7 @@ def test_a_run_without_a_place_waits_and_says_why(controller):
     night("submit", "e0002-s1-a1")
     assert night.state("e0002-s1-a1") | {"reason": ""} == {
         "phase": "pending", "reason": "", "node": None, "permanent": False, "queue_s": None,
-        "preempted": False, "oom": False,
+        "preempted": False, "cancelled": False, "oom": False,
     }  # fmt: skip
     wait_for(lambda: night("survey") is not None and night.finished("e0002-s1-a1"))
 
@@ -185,6 +185,7 @@ def test_a_lost_allocation_is_told_and_another_is_asked_for(controller):
     slurm("scancel", holders()[0][0])
     ended = night.until("e0001-s1-a1", "ended")
     assert "its allocation" in ended["reason"]
+    assert ended["cancelled"]
     night("submit", "e0001-s1-a2")
     wait_for(lambda: night("survey") is not None and night.finished("e0001-s1-a2"), 60)
 
@@ -218,6 +219,20 @@ def test_a_dead_node_takes_only_its_own_runs(controller):
             assert night.claim(run)["node"] != "n4"
     finally:
         switch(accounting=False)
+
+
+def test_the_loss_of_its_only_node_ends_an_allocation_and_is_that_nodes_fault(controller):
+    night = controller("allocation", settings={**ONE_NODE, "exclude": ["n1", "n2", "n3"]})
+    night("submit", "e0001-s1-a1", sleep=300)
+    claim = wait_for(lambda: night("survey") and night.claim("e0001-s1-a1"), 60)
+    try:
+        os.kill(int(Path("/run/autoresearch-cluster/pid/slurmd-n4").read_text()), signal.SIGKILL)
+        ended = night.until("e0001-s1-a1", "ended", 90)
+    finally:
+        os.kill(claim["pid"], signal.SIGKILL)
+        switch(accounting=False)
+    assert "NODE_FAIL" in ended["reason"]
+    assert (ended["node"], ended["cancelled"]) == ("n4", False)
 
 
 def test_thirty_seconds_without_slurmctld_cost_no_run(controller):

@@ -111,6 +111,7 @@ WRONG = {
     "partition": ({"partition": "nowhere"}, "Invalid partition name specified"),
     "executor.gpus": ({"gpus": "h100:1"}, "node configuration is not available"),
     "margin, hold_hours": ({"partition": "short", "margin": 600.0}, "PartitionTimeLimit"),
+    "executor.hold_hours": ({"hold_hours": 0.1}, "which never fits into an allocation"),
     "executor.kind": ({}, "there is no sbatch on this host"),
 }
 
@@ -121,13 +122,25 @@ def test_wrong_settings_are_told_in_slurms_words_and_nothing_is_half_started(
     lab, home, kind, setting
 ):
     executor, words = WRONG[setting]
-    night = lab(kind, *edits(1), executor=executor)
-    refs, path = ["git", "for-each-ref"], {}
-    before = night.call_as_user(refs)
+    if (kind, setting) == ("slurm", "executor.hold_hours"):
+        pytest.skip("nothing is held")
+    path = {}
     if setting == "executor.kind":
         (home / "bin").mkdir()
         (home / "bin" / "git").symlink_to("/usr/bin/git")
         path = {"PATH": str(home / "bin")}
+    is_refused(lab(kind, *edits(1), executor=executor), setting, words, **path)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+def test_an_account_that_is_none_is_refused_before_anything_begins(accounting, lab, kind):
+    night = lab(kind, *edits(1), executor={"account": "rich"})
+    is_refused(night, "executor.account", "Invalid account")
+
+
+def is_refused(night: Lab, setting: str, words: str, **path: str) -> None:
+    refs = ["git", "for-each-ref"]
+    before = night.call_as_user(refs)
     process = night.start(**path)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2, said
@@ -142,16 +155,26 @@ def branches(count: int, each: int, nap: float = 0.0) -> dict[str, list[dict[str
     return {f"b{n}": edits(each, nap, n) for n in range(1, count + 1)}
 
 
+def places_at_once(results: list[dict[str, Any]]) -> int:
+    """The most places (node, device) that had a run at one moment; none ever had two."""
+    most = 0
+    for one in results:
+        running = [r for r in results if r["started"] <= one["started"] < r["ended"]]
+        places = {(r["node"], r["device"]) for r in running}
+        assert len(places) == len(running), running
+        most = max(most, len(places))
+    return most
+
+
 @pytest.mark.parametrize("kind", ["slurm", "allocation"])
 def test_sixteen_experiments_in_eight_places_leave_whole_books(lab, kind):
-    night = lab(kind, scripts=branches(8, 2, nap=3.0))
+    night = lab(kind, scripts=branches(8, 2, nap=12.0))
     process = night.start()
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert len(night.events("decided")) == 24  # with each branch's baseline
     assert {result["status"] for result in night.results()} == {"ok"}
-    pairs = [(result["node"], result["device"]) for result in night.results()]
-    assert len(set(pairs)) == 8
+    assert places_at_once(night.results()) == 8
     night.check_books()
 
 

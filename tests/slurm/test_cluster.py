@@ -34,8 +34,31 @@ def test_an_ordinary_user_is_told_that_it_takes_root():
         group=nobody.pw_gid,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 77
     assert "needs root" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cluster", "status", "said"),
+    [(0, 0, "tests"), (77, 0, "NOT RUN: make test-cluster"), (1, 1, ""), (127, 127, "")],
+)
+def test_only_a_machine_that_can_have_no_cluster_excuses_a_change_from_its_tests(
+    tmp_path, cluster, status, said
+):
+    made = {
+        ".ci/run": (ROOT / ".ci" / "run").read_text(),
+        "slurm/cluster.sh": f"exit {cluster}",
+        "bin/make": '#!/bin/sh\n[ "$1" != test-cluster ] || echo tests',
+    }
+    for name, text in made.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    argv = [tmp_path / ".ci" / "run"]
+    done = subprocess.run(argv, env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.strip().partition(",")[0] == said
 
 
 def test_without_a_verb_it_says_what_it_does():
@@ -60,7 +83,9 @@ class TestUp:
         try:
             switch(accounting=True)
             assert "accounting on" in run("status").stdout
-            assert slurm("sacct", "-n", "-X", "-o", "cluster").strip() is not None
+            slurm("sacct", "-n", "-X")  # answers
+            known = slurm("sacctmgr", "-nP", "show", "cluster", "format=cluster")
+            assert known.split() == ["autoresearch"]
             assert slurm("squeue", "-h", "-j", job, "-o", "%T").strip() in ("RUNNING", "PENDING")
         finally:
             switch(accounting=False)

@@ -150,6 +150,57 @@ def first_run(night: Lab) -> None:
     wait_for((night.folder / "runs/e0002/s1-a1/claim.json").exists, 90, "for the second run")
 
 
+def first_attempt(seen: dict[str, str]) -> bool:
+    return payload.run_id(seen["AUTORESEARCH_RUN_NAME"]) == "e0002-s1-a1"
+
+
+def dies_once_on_n1(night: Lab) -> None:
+    """Its edit's first attempt is killed, and the second one is where the first was."""
+    with killing(first_attempt):
+        to_its_end(night)
+    night.check_books()
+    results = attempts(night, "e0002")
+    assert [result["status"] for result in results] == ["infrastructure", "ok"]
+    assert [result["node"] for result in results] == ["n1", "n1"]
+
+
+@KINDS
+def test_on_a_single_node_a_run_that_dies_is_tried_there_again(lab, kind):
+    single = {"exclude": ["n2", "n3", "n4"], "nodes": 1, "slots": 2}
+    dies_once_on_n1(lab(kind, *edits(1, nap=2.0), executor=single))
+
+
+def test_while_all_other_nodes_are_down_a_run_that_dies_is_tried_there_again(lab):
+    slurm("scontrol", "update", "nodename=n[2-4]", "state=drain", "reason=test")
+    try:
+        dies_once_on_n1(lab("slurm", *edits(1, nap=2.0)))
+    finally:
+        slurm("scontrol", "update", "nodename=n[2-4]", "state=resume")
+
+
+@KINDS
+def test_when_all_is_cancelled_at_once_each_run_is_tried_again_and_no_node_is_blamed(lab, kind):
+    night = lab(kind, scripts=branches(8, 1, nap=20.0))
+    process = night.start()
+
+    def under_way() -> bool:
+        claims = {p.parts[-3] for p in night.folder.glob("runs/*/s1-a1/claim.json")}
+        return len([name for name in claims if name > "e0008"]) >= 4
+
+    wait_for(under_way, 120, "for some edits to run")
+    slurm("scancel", *jobs_below(night.root))
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    night.check_books()
+    state = fold(ledger.read(night.folder / "ledger.jsonl"))
+    assert [r.verdict for r in state.experiments()] == ["keep"] * 16
+    results = [event["result"] for event in night.events("run_ended")]
+    dead = [result for result in results if result["status"] == "infrastructure"]
+    assert len(dead) >= 4
+    assert all(result["details"]["cancelled"] for result in dead), dead
+    assert not any(run.died for runs in state.nodes.values() for run in runs)
+
+
 @KINDS
 def test_a_run_that_slurm_ends_at_its_time_limit_is_tried_again(lab, kind):
     night = lab(kind, *edits(1, nap=100.0))

@@ -198,9 +198,11 @@ def test_phases(state: str, phase: str):
     assert state_of(Row("1", state)).phase == phase
 
 
-def test_only_preemption_counts_as_preemption():
-    assert state_of(Row("1", "PREEMPTED")).preempted
-    assert not state_of(Row("1", "CANCELLED")).preempted
+def test_only_preemption_counts_as_preemption_and_only_cancelling_as_that():
+    for state in ("PREEMPTED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "FAILED"):
+        told = state_of(Row("1", state))
+        assert told.preempted is (state == "PREEMPTED")
+        assert told.cancelled is (state == "CANCELLED")
 
 
 def test_only_slurms_own_word_says_that_memory_ran_out():

@@ -48,7 +48,7 @@ def make(
     made: list[SlurmExecutor | AllocationRuns] = []
 
     def one(kind: Kind) -> SlurmExecutor | AllocationRuns:
-        made.append(kind(Executor(slots=4), tmp_path / "night"))
+        made.append(kind(Executor(slots=4, exclude=("bad1",)), tmp_path / "night"))
         return made[-1]
 
     yield one
@@ -57,10 +57,14 @@ def make(
 
 
 def submit(
-    executor: SlurmExecutor | AllocationRuns, tmp_path: Path, number: int, **place: str
+    executor: SlurmExecutor | AllocationRuns,
+    tmp_path: Path,
+    number: int,
+    avoid: frozenset[str] = frozenset(),
+    **place: str,
 ) -> Submission:
     run = Run(f"e{number:04d}", 1, 1, Budget("wall", 1), "cpu")
-    return executor.submit(run, f"night-{run.id}", tmp_path / run.id, 60.0, frozenset(), place)
+    return executor.submit(run, f"night-{run.id}", tmp_path / run.id, 60.0, avoid, place)
 
 
 def calls(tmp_path: Path, name: str) -> int:
@@ -89,9 +93,9 @@ def test_after_an_sbatch_without_answer_the_others_wait_for_an_answered_query(
     assert all("got no answer" in state.reason for state in states.values())
 
 
-def row(job: int, state: str, reason: str, folder: Path) -> str:
-    nodes = "n1" if state == "RUNNING" else ""
-    times = "2026-01-01T00:00:00|2026-01-01T00:00:00|1:00"
+def row(job: int, state: str, reason: str, folder: Path, left: str = "1:00") -> str:
+    nodes = "" if state == "PENDING" else "n1"
+    times = f"2026-01-01T00:00:00|2026-01-01T00:00:00|{left}"
     return f"{job}|{state}|{nodes}|{times}|{reason}|/|{script.holder_name(folder)}"
 
 
@@ -125,6 +129,153 @@ def test_a_limit_of_the_group_passes_while_the_holder_runs_that_has_the_share(
     assert states is not None
     assert "AssocGrpGRES" in states[submission.run].reason
     assert states[submission.run].permanent is not running
+
+
+NONE_LEFT = """if grep -q -e --exclude=bad1,n1; then
+  echo 'sbatch: error: Requested node configuration is not available' >&2
+  exit 1
+fi
+echo 9"""
+
+
+def test_a_job_that_is_to_avoid_all_nodes_there_are_is_submitted_without_that(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
+) -> None:
+    program("sbatch", NONE_LEFT)
+    submission = submit(make(SlurmExecutor), tmp_path, 1, frozenset({"n1"}))
+    assert submission.job == "9"
+    assert calls(tmp_path, "sbatch") == 2
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_run_that_is_to_avoid_all_nodes_there_are_starts_on_those_that_are_held(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns],
+    program: Program,
+    tmp_path: Path,
+    held: bool,
+) -> None:
+    program("sbatch", NONE_LEFT)
+    program("scontrol", "echo n1")
+    program("srun", "exec sleep 30")
+    holder = f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'"
+    program("squeue", holder if held else "exit 0")
+    executor = make(AllocationRuns)
+    submission = submit(executor, tmp_path, 1, frozenset({"n1"}))
+    if not held:  # then such nodes are asked for
+        assert calls(tmp_path, "sbatch") == 2
+        program("squeue", holder.replace("7|", "9|"))
+        executor.survey([submission])
+    states = executor.survey([submission])
+    assert states is not None
+    assert states[submission.run].phase == "running"
+    assert states[submission.run].node == "n1"
+
+
+def test_a_run_that_fits_on_no_held_node_waits_for_others_and_not_for_its_neighbours(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
+) -> None:
+    program("scontrol", "echo n1")
+    program("srun", "exec sleep 30")
+    program("squeue", f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'")
+    executor = make(AllocationRuns)
+    submissions = [submit(executor, tmp_path, 1)]
+    assert calls(tmp_path, "sbatch") == 0
+    submissions.append(submit(executor, tmp_path, 2, frozenset({"n1"})))  # Slurm is away
+    program("sbatch", "cat >>$0.scripts; echo 9")
+    executor.survey(submissions)
+    assert "--exclude=bad1,n1\n" in (tmp_path / "sbatch.scripts").read_text()
+
+
+DOWN = "ReqNodeNotAvail, UnavailableNodes:n[2-4]"
+
+
+def test_a_run_that_is_to_avoid_the_nodes_held_waits_some_minutes_for_others(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns],
+    program: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program("scontrol", "echo n1")
+    program("srun", "exec sleep 30")
+    held, folder = row(7, "RUNNING", "None", tmp_path / "night", "1:00:00"), tmp_path / "night"
+    program("squeue", f"echo '{held}'; echo '{row(9, 'PENDING', DOWN, folder)}'")
+    executor = make(AllocationRuns)
+    submission = submit(executor, tmp_path, 1, frozenset({"n1"}))
+    phases = []
+    for patience in (300.0, 0.0):
+        monkeypatch.setattr(AllocationRuns, "elsewhere_s", patience)
+        states = executor.survey([submission])
+        assert states is not None
+        phases.append(states[submission.run].phase)
+    assert phases == ["pending", "running"]
+
+
+def test_a_job_that_is_to_avoid_all_nodes_but_those_that_are_down_is_let_go_anywhere(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
+) -> None:
+    program("sbatch", "echo 9")
+    program("scontrol", "echo $* >>$0.words")
+    executor = make(SlurmExecutor)
+    submission = submit(executor, tmp_path, 1, frozenset({"n1"}))
+    for reason in ("Resources", DOWN, DOWN):
+        program("squeue", f"echo '{row(9, 'PENDING', reason, tmp_path)}'")
+        executor.survey([submission])
+    assert (tmp_path / "scontrol.words").read_text() == "update jobid=9 excnodelist=bad1\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "excused"), [("CANCELLED", True), ("TIMEOUT", True), ("NODE_FAIL", False)]
+)
+def test_a_run_whose_whole_allocation_ended_blames_its_node_only_if_that_was_lost(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns],
+    program: Program,
+    tmp_path: Path,
+    state: str,
+    excused: bool,
+) -> None:
+    program("scontrol", "echo n1")
+    program("squeue", f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'")
+    executor = make(AllocationRuns)
+    submission = submit(executor, tmp_path, 1)
+    (tmp_path / submission.run).mkdir()
+    (tmp_path / submission.run / "claim.json").touch()
+    program("squeue", f"echo '{row(7, state, 'None', tmp_path / 'night')}'")
+    states = executor.survey([submission])
+    assert states is not None
+    ended = states[submission.run]
+    assert (ended.phase, ended.node, ended.cancelled) == ("ended", "n1", excused)
+
+
+def test_of_jobs_that_slurm_does_not_tell_of_nothing_is_said_and_the_others_are_known(
+    make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
+) -> None:
+    executor = make(SlurmExecutor)
+    program("sbatch", "echo 7")
+    submissions = [submit(executor, tmp_path, 1)]
+    program("sbatch", "echo 8")
+    submissions.append(submit(executor, tmp_path, 2))
+    program("squeue", f"echo '{row(7, 'RUNNING', 'None', tmp_path)}'")
+    program("scontrol", AWAY)
+    states = executor.survey(submissions)
+    assert states is not None
+    assert {run: state.phase for run, state in states.items()} == {"e0001-s1-a1": "running"}
+    program("scontrol", "exit 0")
+    program("sacct", "case $* in *--jobs*) exit 1;; esac")  # works, but for this question
+    states = executor.survey(submissions)
+    assert states is not None
+    assert list(states) == ["e0001-s1-a1"]
+
+
+def test_nodes_that_are_held_for_less_than_a_run_are_refused_before_anything_begins(
+    program: Program, tmp_path: Path
+) -> None:
+    program("scontrol", "exit 0")
+    asked = (Executor(kind="allocation", hold_hours=0.1), tmp_path / "night", 350.0, [{}])
+    with pytest.raises(UserError, match=r"executor\.hold_hours: 0\.1"):
+        trial.require(*asked)
+    (finding,) = trial.settings(*asked)
+    assert (finding.status, "executor.hold_hours" in finding.seen) == ("failure", True)
+    assert calls(tmp_path, "sbatch") == 0
 
 
 REFUSED = "echo 'sbatch: error: Batch job submission failed: Invalid node name specified' >&2"

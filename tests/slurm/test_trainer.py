@@ -16,13 +16,18 @@ from typing import Any
 
 import pytest
 from rig import ROOT, interpreter, wait_for
-from test_campaign import Lab, as_a_job_through_requeues_and_an_outage, toylab
+from test_campaign import (
+    Lab,
+    as_a_job_through_requeues_and_an_outage,
+    places_at_once,
+    toylab,
+)
 
 sys.path += [str(ROOT / "tests" / "containers"), str(ROOT / "tests" / "agent")]
 import accounts
 import server
 import watched
-from test_night import IDEAS, a_third, holds_key, tunes, watched_for_key
+from test_api_night import IDEAS, a_third, holds_key, tunes, watched_for_key
 
 from containers import images
 from containers.images import Image
@@ -111,7 +116,7 @@ def test_sixteen_trainings_in_eight_places_at_once(lab, kind):
     said, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, said
     good = check(night, 16)
-    assert len({(result["node"], result["device"]) for result in good}) == 8
+    assert places_at_once(good) == 8
 
 
 def flip(file: Path) -> None:
