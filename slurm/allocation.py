@@ -34,6 +34,9 @@ CLOSE_S = 10.0  # a controller that leaves its job waits so long for steps to be
 # In srun's words. After slurmctld was restarted, places stay taken for up to a minute.
 NO_ROOM_YET = "Memory required|busy|contact slurm controller|confirm allocation|timed out"
 NODE_LOST = "node not available|down, drained|Node .*(fail|down)"
+STEP_CANCELLED = (
+    r"STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*"  # by somebody: Slurm says DUE TO what else
+)
 STARTING_S = 90.0  # a step that neither srun nor Slurm nor a claim shows by then never began
 
 
@@ -407,7 +410,9 @@ class AllocationRuns:
         if not begun and time.time() - entry.launched < STARTING_S:
             return replace(state, reason="starting")
         if holder and holder.state == "RUNNING":
-            return replace(state, phase="ended", reason=f"its step {self._ending(entry)}")
+            ending = self._ending(entry)
+            cancelled = bool(re.search(STEP_CANCELLED, ending))
+            return replace(state, phase="ended", reason=f"its step {ending}", cancelled=cancelled)
         if holder and commands.phase(holder.state) == "running":  # why, is not known before it ends
             return replace(state, reason="its allocation is ending")
         became = f"{holder.state}, {holder.reason}" if holder else "unknown to Slurm"

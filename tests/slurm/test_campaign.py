@@ -276,5 +276,6 @@ def test_a_run_that_is_cancelled_from_outside_is_tried_again(lab, kind):
     assert process.returncode == 0, said
     results = {event["result"]["run"]: event["result"] for event in night.events("run_ended")}
     assert results["e0002-s1-a1"]["status"] == "infrastructure", results
+    assert results["e0002-s1-a1"]["details"]["cancelled"], results
     assert results["e0002-s1-a2"]["status"] == "ok"
     night.check_books()
