@@ -131,6 +131,7 @@ def test_an_allocation_holds_the_nodes_that_branches_name(home: Path, nodes: lis
     assert found == set(places.items())
     assert decided(night) == 6
     night.check_books()
+    assert "reproduced: identical" in autoresearch(night, "reproduce", "b1")  # by a node alone
 
 
 @pytest.mark.parametrize("kind", ["slurm", "allocation"])
