@@ -186,6 +186,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=5
+UnkillableStepTimeout=180
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=5
 PreemptType=preempt/partition_prio

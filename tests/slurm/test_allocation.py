@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -222,6 +223,16 @@ def test_a_dead_node_takes_only_its_own_runs(controller):
         switch(accounting=False)
 
 
+def daemons(job: str) -> list[Path]:
+    """What Slurm itself runs on nodes for the steps of a job."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                found.append(path.parent)
+    return found
+
+
 def test_the_loss_of_its_only_node_ends_an_allocation_and_is_that_nodes_fault(controller):
     night = controller("allocation", settings={**ONE_NODE, "exclude": ["n1", "n2", "n3"]})
     night("submit", "e0001-s1-a1", sleep=300)
@@ -232,6 +243,8 @@ def test_the_loss_of_its_only_node_ends_an_allocation_and_is_that_nodes_fault(co
     finally:
         os.kill(claim["pid"], signal.SIGKILL)
         switch(accounting=False)
+        # One that cannot tell slurmctld of its end, in the next test, would have its node drained.
+        wait_for(lambda: not daemons(claim["slurm_job"]), 120, "for the step's own daemons")
     assert "NODE_FAIL" in ended["reason"]
     assert (ended["node"], ended["cancelled"]) == ("n4", False)
 
