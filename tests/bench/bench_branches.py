@@ -4,7 +4,7 @@ python -m tests.bench.bench_branches [--experiments N]
 
 Commits, refs, notes, ledger, tables and run folders are real; a run is a result.json that lies
 there at once, so that what is measured is all the controller's. With the test cluster (make
-cluster, as root) a second pass hands every run to Slurm, too.
+cluster, as root) two more passes hand every run to Slurm, too: by sbatch, and as steps by srun.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from jobs.history import State
 from jobs.model import Proposal, Run, Submission
 from jobs.submission import JobState
 from slurm import commands
+from slurm.allocation import AllocationRuns
 from slurm.executor import SlurmExecutor
 from tests.bench.results import record
 
 SLOTS = 4  # of each branch
-SLURM = {"kind": "slurm", "cpus": 1, "memory": "50M", "poll_seconds": 0.5, "setup": ["exit 0"]}
+SLURM = {"cpus": 1, "memory": "50M", "poll_seconds": 0.5, "setup": ["exit 0"], "nodes": 4}
 
 
 def cpu_s() -> float:
@@ -87,7 +88,21 @@ class Queued(SlurmExecutor):
         return states
 
 
-def measure(root: Path, branches: int, experiments: int, slurm: bool = False) -> dict[str, Any]:
+class Stepped(AllocationRuns):
+    """Every run is a step (which ends at once) of a held allocation, in one of its eight places."""
+
+    def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
+        states = super().survey(submissions)
+        for run, state in (states or {}).items():
+            if state.phase != "pending":
+                finish(run, self._campaign_dir / "runs" / run.replace("-", "/", 1))
+        return states
+
+
+CLUSTER = {"slurm": Queued, "allocation": Stepped}
+
+
+def measure(root: Path, branches: int, experiments: int, kind: str = "local") -> dict[str, Any]:
     """One campaign; CPU milliseconds of each experiment."""
     root.mkdir()
     (root / "solution.py").write_text("".join(f"value_{i} = {i}  # a line\n" for i in range(700)))
@@ -101,7 +116,11 @@ def measure(root: Path, branches: int, experiments: int, slurm: bool = False) ->
         {
             "campaign": "bench",
             "task": {**task, "scorer": scorer},
-            "executor": {"slots": branches * SLOTS, **(SLURM if slurm else {})},
+            "executor": {
+                "kind": kind,
+                "slots": branches * SLOTS,
+                **(SLURM if kind in CLUSTER else {}),
+            },
             "branches": {f"b{i:02}": {"slots": SLOTS} for i in range(branches)},
             "limits": {"experiments": experiments},
             "confirm": {"runs": 0},
@@ -109,7 +128,8 @@ def measure(root: Path, branches: int, experiments: int, slurm: bool = False) ->
     )
     before = cpu_s()
     with campaign.opened(settings, root, lambda line: None) as opened:
-        executor = Queued(settings.executor, opened.site.campaign_dir) if slurm else Instant()
+        make = CLUSTER.get(kind)
+        executor = make(settings.executor, opened.site.campaign_dir) if make else Instant()
         controller = Controller(
             opened, executor, lambda name: Numbers(), lambda name: None, lambda line: None
         )
@@ -133,33 +153,33 @@ def measure(root: Path, branches: int, experiments: int, slurm: bool = False) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", type=int, default=1600)
-    parser.add_argument("--jobs", type=int, default=500, help="experiments of the pass with Slurm")
+    parser.add_argument("--jobs", type=int, default=500, help="experiments of a pass with Slurm")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
-        rows = [measure(Path(place) / str(n), n, asked.experiments) for n in (1, 4, 32)]
-        queued = with_slurm(Path(place), asked.jobs)
-    ratios = [found[-1][COST] / found[0][COST] for found in (rows, queued) if found[0][COST]]
+        passes = [[measure(Path(place) / str(n), n, asked.experiments) for n in (1, 4, 32)]]
+        passes += [with_slurm(Path(place), kind, asked.jobs) for kind in CLUSTER]
+    ratios = [found[-1][COST] / found[0][COST] for found in passes if found[0][COST]]
     record(
         "Branches: what the controller costs",
-        rows + queued,
-        "CPU of the controller and of the git, sbatch and squeue processes that it starts, by "
-        "experiment; the runs are instant and not counted. From 1 to 32 branches "
-        f"{' and '.join(f'x{ratio:.2f}' for ratio in ratios)}. Promised: at most 25 ms, and x1.3.",
+        [row for found in passes for row in found],
+        "CPU of the controller and of the git, sbatch, srun and squeue processes that it starts, "
+        "by experiment; the runs are instant and not counted. From 1 to 32 branches "
+        f"{', '.join(f'x{ratio:.2f}' for ratio in ratios)}. Promised: at most 25 ms, and x1.3.",
     )
 
 
 COST = "CPU ms per experiment"
 
 
-def with_slurm(place: Path, experiments: int) -> list[dict[str, Any]]:
-    """The same with a job for each run; "not run" where there is no Slurm."""
-    told = [{"executor": "slurm", "branches": n} for n in (1, 32)]
+def with_slurm(place: Path, kind: str, experiments: int) -> list[dict[str, Any]]:
+    """The same with a job or step for each run; "not run" where there is no Slurm."""
+    told = [{"executor": kind, "branches": n} for n in (1, 32)]
     if shutil.which("sbatch") is None:
         return [row | {COST: None} for row in told]
     try:
         rows = []
         for n in (1, 32):
-            rows.append(measure(place / f"slurm-{n}", n, experiments, slurm=True))
+            rows.append(measure(place / f"{kind}-{n}", n, experiments, kind))
             left = [row.job for row in commands.queue() if str(place) in row.folder]
             subprocess.run(["scancel", *left], check=False)
         return [a | b for a, b in zip(told, rows, strict=True)]

@@ -16,6 +16,7 @@ from test_campaign import Lab, edits
 from test_trainer import TrainerLab, check, image
 
 from containers.images import Image
+from tests.bench.results import record
 
 __all__ = ["image"]  # a fixture
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -113,9 +114,23 @@ def test_four_branches_of_trainings_through_ten_kills(
     home: Path, nodes: list[str], image: Image
 ) -> None:
     night = TrainerLab(home / "lab", "slurm", image, branches=4, each=9)
+    begun = time.monotonic()
     through_ten_kills(night, nodes, patience_s=600)
-    check(night, decided(night))
-    assert "reproduced" in autoresearch(night, "reproduce", "b2", "--executor", "slurm")
+    minutes = (time.monotonic() - begun) / 60
+    good = check(night, decided(night))
+    gpus = {(result["node"], result["device"]) for result in good}
+    assert len(gpus) == 8
+    again = autoresearch(night, "reproduce", "b2", "--executor", "slurm")
+    assert "reproduced" in again
+    ended = [event["result"]["status"] for event in night.events("run_ended")]
+    row = {"experiments": decided(night), "GPUs": len(gpus), "kills": 10, "minutes": minutes}
+    row |= {"tries": len(ended), "tries lost": ended.count("infrastructure")}
+    record(
+        "Four branches of the trainer on four nodes, through ten kills",
+        [row | {"best of b2 again": again.splitlines()[-1]}],
+        "One branch paused, one retired, one added, one told something on the way; a job for each"
+        " run, each in its image. All 8 places share two cores.",
+    )
 
 
 def test_an_allocation_holds_the_nodes_that_branches_name(home: Path, nodes: list[str]) -> None:
