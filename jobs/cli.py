@@ -323,7 +323,7 @@ def clean(arguments: argparse.Namespace) -> int:
     from jobs import disk
 
     state, directory = _state(arguments)
-    paths = disk.leftovers(directory, disk.needed(state))
+    paths = disk.leftovers(directory, state)
     sizes = {str(path.relative_to(directory)): disk.size(path) for path in paths}
     if not arguments.dry_run:
         for path in paths:

@@ -93,14 +93,14 @@ def needed(state: State) -> set[str]:
     return waiting | {run.folder for run in state.open_runs.values()}
 
 
-def leftovers(campaign_dir: Path, open_folders: set[str]) -> list[Path]:
-    """What `autoresearch clean` removes of runs that are not `needed`: bulk, and jobs' logs."""
-    found = []
+def leftovers(campaign_dir: Path, state: State) -> list[Path]:
+    """What `autoresearch clean` removes: bulk of runs that are not `needed`, ended jobs' logs."""
+    found, spared = [], needed(state)
     for run_dir in sorted(campaign_dir.glob("runs/*/*")):
-        if f"{run_dir.parent.name}/{run_dir.name}" not in open_folders:
+        if f"{run_dir.parent.name}/{run_dir.name}" not in spared:
             found += [run_dir / n for n in (CACHE, "program", "scratch", WEIGHTS)]
     found += sorted(campaign_dir.glob("heads/*/.cache.old"))
-    found += job_folders(campaign_dir, open_folders)
+    found += job_folders(campaign_dir, {run.folder for run in state.open_runs.values()})
     return [path for path in found if path.exists()]
 
 

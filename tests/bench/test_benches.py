@@ -100,7 +100,7 @@ def test_startup_and_gpu(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CXX", "none")  # so few steps compile for longer than they train
     setting = train_runs.Setting(data, tmp_path, threads=1, tokens=12 * STEP, wall_limit_s=300.0)
     assert bench_startup.Bench(setting).measure("cold", shipped, cold=True)["seconds"] > 0
-    assert float(bench_gpu.printed(tmp_path / "run" / "run" / "train.log")["mfu_percent"]) >= 0
+    assert "mfu_percent" in bench_gpu.printed(tmp_path / "run" / "run" / "train.log")
 
 
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
