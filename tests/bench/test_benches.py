@@ -105,8 +105,8 @@ def test_startup_and_gpu(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyP
 
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     monkeypatch.setattr(bench_sweep, "TOKENS", 12 * STEP)
-    first, best = bench_sweep.campaign(tmp_path, "random", 0, 1)
-    assert best <= first
+    first, best = bench_sweep.campaign(tmp_path, "random", 0, 0)
+    assert best == first < 3.6  # of the baseline alone
 
 
 @pytest.mark.cluster
