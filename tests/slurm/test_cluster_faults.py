@@ -164,12 +164,19 @@ def dies_once_on_n1(night: Lab) -> None:
     assert [result["node"] for result in results] == ["n1", "n1"]
 
 
-@KINDS
+# The other kind, and a drained cluster, are of make proof-cluster: a change waits for these tests.
+ONE_KIND = pytest.mark.parametrize(
+    "kind", [pytest.param("slurm", marks=pytest.mark.proof), "allocation"]
+)
+
+
+@ONE_KIND
 def test_on_a_single_node_a_run_that_dies_is_tried_there_again(lab, kind):
     single = {"exclude": ["n2", "n3", "n4"], "nodes": 1, "slots": 2}
     dies_once_on_n1(lab(kind, *edits(1, nap=2.0), executor=single))
 
 
+@pytest.mark.proof
 def test_while_all_other_nodes_are_down_a_run_that_dies_is_tried_there_again(lab):
     slurm("scontrol", "update", "nodename=n[2-4]", "state=drain", "reason=test")
     try:
@@ -178,7 +185,7 @@ def test_while_all_other_nodes_are_down_a_run_that_dies_is_tried_there_again(lab
         slurm("scontrol", "update", "nodename=n[2-4]", "state=resume")
 
 
-@KINDS
+@ONE_KIND
 def test_when_all_is_cancelled_at_once_each_run_is_tried_again_and_no_node_is_blamed(lab, kind):
     night = lab(kind, scripts=branches(8, 1, nap=20.0))
     process = night.start()
