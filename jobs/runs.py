@@ -255,13 +255,21 @@ class Runs:
         claim = self.folder(run) / "claim.json"
         if not claim.exists():
             return None
-        limit = task.load(self.folder(run)).wall_limit_s + HANG_MARGIN_S
-        if time.time() - claim.stat().st_mtime < limit:
+        used = time.time() - claim.stat().st_mtime - HANG_MARGIN_S
+        if used < 0 or used < (limit := self._limit_s(run)):
             return None
         assert run.submission is not None  # only submitted runs are surveyed
         with effect("run.cancel"):
             self._executor.cancel([run.submission])
-        return f"it ran {limit:.0f} s, beyond every limit: its node or its wrapper hangs"
+        beyond = f"it ran {limit + HANG_MARGIN_S:.0f} s, beyond every limit"
+        return f"{beyond}: its node or its wrapper hangs"
+
+    def _limit_s(self, run: OpenRun) -> float:
+        """What it was told when it was handed over; where that was damaged, what holds now."""
+        try:
+            return task.load(self.folder(run)).wall_limit_s
+        except (OSError, ValueError, TypeError):
+            return materialise.wall_limit_s(self._journal.state, self._site.config, run.branch)
 
 
 def _is_model(wanted: str, name: str) -> bool:

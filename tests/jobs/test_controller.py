@@ -302,13 +302,16 @@ def test_a_run_whose_processes_are_killed_is_tried_again(make_lab: MakeLab) -> N
     assert not lab.strays()
 
 
-def test_a_run_that_hangs_is_ended_and_tried_again(make_lab: MakeLab) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_hangs_is_ended_and_tried_again(make_lab: MakeLab, damaged: bool) -> None:
     lab = make_lab(change(X=1, NAP=0.7), limits={"experiments": 2})
 
     def freeze() -> None:
         claim = lab.folder / "runs/e0002/s1-a1/claim.json"
         eventually(claim.exists)
         os.kill(int(json.loads(claim.read_text())["process"].split("@")[0]), signal.SIGSTOP)
+        if damaged:
+            claim.with_name("task.json").write_text("{")
         os.utime(claim, (0, 0))  # hours ago
 
     freezer = threading.Thread(target=freeze)
