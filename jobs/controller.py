@@ -359,7 +359,7 @@ class Controller:
         with effect("run.tidy"):
             for run in record.runs:
                 # What a closing rerun left is dropped: the weights kept are the deciding run's.
-                place = self.folder / "runs" / name / f"s{run.seed}-a{run.attempt}"
+                place = self.folder / "runs" / name / run.folder
                 disk.tidy(place, None if run.purpose == "confirm" else keep)
             disk.keep_only(folder / branch.name, kept)
 

@@ -89,7 +89,7 @@ def needed(state: State) -> set[str]:
     heads, whose controller may have died between the decision and the promotion."""
     heads = {name for b in state.branches.values() for name in (b.head, b.best) if name}
     runs = [(name, r) for name in {*state.in_flight, *heads} for r in state.record(name).runs]
-    waiting = {f"{name}/s{run.seed}-a{run.attempt}" for name, run in runs}
+    waiting = {f"{name}/{run.folder}" for name, run in runs}
     return waiting | {run.folder for run in state.open_runs.values()}
 
 

@@ -46,7 +46,7 @@ class Evidence:
         if not runs:
             return ""
         last = max(runs, key=lambda r: r.n)
-        return tail(self._runs / experiment / f"s{last.seed}-a{last.attempt}" / name, lines)
+        return tail(self._runs / experiment / last.folder / name, lines)
 
 
 def tail(path: Path, lines: int) -> str:

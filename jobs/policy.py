@@ -186,7 +186,7 @@ def greedy(state: State, record: Record, settings: Mapping[str, Any]) -> Decisio
         settings={key: value for key, value in settings.items() if key != "rule"},
         numbers=numbers,
         head=branch.head,
-        runs=tuple(f"{record.id}-s{r.seed}-a{r.attempt}" for r in record.runs),
+        runs=tuple(f"{record.id}-{r.folder}" for r in record.runs),
     )
 
 

@@ -33,6 +33,11 @@ class RunRecord(NamedTuple):
     def ok(self) -> bool:
         return self.status == "ok" and self.metric is not None
 
+    @property
+    def folder(self) -> str:
+        """Below its experiment's, as `Run.folder`."""
+        return f"s{self.seed}-a{self.attempt}"
+
 
 class Record(NamedTuple):
     """An experiment, as far as rules and tables need it; `verdict` is None while undecided."""

@@ -34,9 +34,8 @@ CLOSE_S = 10.0  # a controller that leaves its job waits so long for steps to be
 # In srun's words. After slurmctld was restarted, places stay taken for up to a minute.
 NO_ROOM_YET = "Memory required|busy|contact slurm controller|confirm allocation|timed out"
 NODE_LOST = "node not available|down, drained|Node .*(fail|down)"
-STEP_CANCELLED = (
-    r"STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*"  # by somebody: Slurm says DUE TO what else
-)
+# By somebody: of any other cause Slurm says DUE TO what.
+STEP_CANCELLED = r"STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*"
 STARTING_S = 90.0  # a step that neither srun nor Slurm nor a claim shows by then never began
 
 

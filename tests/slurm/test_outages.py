@@ -99,6 +99,15 @@ def row(job: int, state: str, reason: str, folder: Path, left: str = "1:00") -> 
     return f"{job}|{state}|{nodes}|{times}|{reason}|/|{script.holder_name(folder)}"
 
 
+def hold_n1(program: Program, tmp_path: Path) -> str:
+    """One node is held, as job 7, in which steps can start: what squeue says of it."""
+    program("scontrol", "echo n1")
+    program("srun", "exec sleep 30")
+    said = f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'"
+    program("squeue", said)
+    return said
+
+
 def test_a_holder_whose_submission_was_not_answered_is_not_asked_for_again(
     make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
 ) -> None:
@@ -155,9 +164,7 @@ def test_a_run_that_is_to_avoid_all_nodes_there_are_starts_on_those_that_are_hel
     held: bool,
 ) -> None:
     program("sbatch", NONE_LEFT)
-    program("scontrol", "echo n1")
-    program("srun", "exec sleep 30")
-    holder = f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'"
+    holder = hold_n1(program, tmp_path)
     program("squeue", holder if held else "exit 0")
     executor = make(AllocationRuns)
     submission = submit(executor, tmp_path, 1, frozenset({"n1"}))
@@ -174,9 +181,7 @@ def test_a_run_that_is_to_avoid_all_nodes_there_are_starts_on_those_that_are_hel
 def test_a_run_that_fits_on_no_held_node_waits_for_others_and_not_for_its_neighbours(
     make: Callable[[Kind], SlurmExecutor | AllocationRuns], program: Program, tmp_path: Path
 ) -> None:
-    program("scontrol", "echo n1")
-    program("srun", "exec sleep 30")
-    program("squeue", f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'")
+    hold_n1(program, tmp_path)
     executor = make(AllocationRuns)
     submissions = [submit(executor, tmp_path, 1)]
     assert calls(tmp_path, "sbatch") == 0
@@ -195,10 +200,8 @@ def test_a_run_that_is_to_avoid_the_nodes_held_waits_some_minutes_for_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program("scontrol", "echo n1")
-    program("srun", "exec sleep 30")
-    held, folder = row(7, "RUNNING", "None", tmp_path / "night", "1:00:00"), tmp_path / "night"
-    program("squeue", f"echo '{held}'; echo '{row(9, 'PENDING', DOWN, folder)}'")
+    held = hold_n1(program, tmp_path)
+    program("squeue", f"{held}; echo '{row(9, 'PENDING', DOWN, tmp_path / 'night')}'")
     executor = make(AllocationRuns)
     submission = submit(executor, tmp_path, 1, frozenset({"n1"}))
     phases = []
@@ -233,8 +236,8 @@ def test_a_run_whose_whole_allocation_ended_blames_its_node_only_if_that_was_los
     state: str,
     excused: bool,
 ) -> None:
-    program("scontrol", "echo n1")
-    program("squeue", f"echo '{row(7, 'RUNNING', 'None', tmp_path / 'night', '1:00:00')}'")
+    hold_n1(program, tmp_path)
+    program("srun", "exit 0")
     executor = make(AllocationRuns)
     submission = submit(executor, tmp_path, 1)
     (tmp_path / submission.run).mkdir()
