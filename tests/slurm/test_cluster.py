@@ -39,15 +39,15 @@ def test_an_ordinary_user_is_told_that_it_takes_root():
 
 
 @pytest.mark.parametrize(
-    ("cluster", "status", "said"),
+    ("up", "status", "said"),
     [(0, 0, "tests"), (77, 0, "NOT RUN: make test-cluster"), (1, 1, ""), (127, 127, "")],
 )
 def test_only_a_machine_that_can_have_no_cluster_excuses_a_change_from_its_tests(
-    tmp_path, cluster, status, said
+    tmp_path, up, status, said
 ):
     made = {
         ".ci/run": (ROOT / ".ci" / "run").read_text(),
-        "slurm/cluster.sh": f"exit {cluster}",
+        "slurm/cluster.sh": f"exit {up}",
         "bin/make": '#!/bin/sh\n[ "$1" != test-cluster ] || echo tests',
     }
     for name, text in made.items():
