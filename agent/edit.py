@@ -11,9 +11,10 @@ import builtins
 import difflib
 import functools
 import hashlib
+import re
 import symtable
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -102,28 +103,46 @@ def fingerprint(files: Mapping[str, str]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _normalised(path: str, text: str) -> str:
-    tree = _parse(text) if path.endswith(".py") else None
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    marks = _marks("\n".join(lines)) if path.endswith(".py") else None
+    return "\n".join(line.rstrip() for line in lines) if marks is None else "\n".join(marks)
+
+
+# Where a top-level statement may begin: at the margin, with nothing that continues another.
+_BEGINS = re.compile(r"^(?![\s#)\]}]|(?:elif|else|except|finally)\b)", re.MULTILINE)
+
+
+def _marks(text: str) -> Sequence[str] | None:
+    """A hash of each top-level statement but the docstring; None: it is no program.
+
+    Each is parsed by itself, since an edit leaves most of them as they were.
+    """
+    marks: list[str] = []
+    held, parsed = "", 0
+    for piece in _BEGINS.split(text):
+        held += piece
+        parsed += len(held)
+        if parsed > 20 * len(text):  # lines of a long text, or a bracket that nobody closes
+            return _mark(text)
+        if (found := _mark(held)) is not None:
+            marks.extend(found)
+            held = ""
+    if held:
+        return None
+    return marks[1:] if marks[:1] == list(_mark("pass") or ()) else marks
+
+
+@functools.lru_cache(maxsize=4096)
+def _mark(source: str) -> tuple[str, ...] | None:
+    """A hash for each statement of a part of a program, docstrings aside; None: it is no whole."""
+    tree = _parse.__wrapped__(source)  # its own: the cached ones are shared
     if tree is None:
-        return "\n".join(line.rstrip() for line in lines)
-    marks = []
-    for node in tree.body[_has_docstring(tree) :]:
-        decorated = getattr(node, "decorator_list", None)
-        first = decorated[0].lineno if decorated else node.lineno
-        marks.append(_mark("\n".join(lines[first - 1 : node.end_lineno])))
-    return "\n".join(marks)
-
-
-@functools.lru_cache(maxsize=4096)  # an edit leaves most statements of a program as they were
-def _mark(statement: str) -> str:
-    """A hash of one top-level statement without its docstrings."""
-    tree = _parse.__wrapped__(statement)  # its own: the cached ones are shared
-    if tree is None:  # it shares its line with the end of another
-        return statement
+        return None
     for node in ast.walk(tree):
         if _has_docstring(node):
             node.body[0] = ast.Pass()  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode(errors="replace")).hexdigest()
+    mark = hashlib.sha256(ast.dump(tree).encode(errors="replace")).hexdigest()
+    return (mark,) * len(tree.body)
 
 
 def _has_docstring(node: ast.AST) -> bool:

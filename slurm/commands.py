@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -196,6 +197,7 @@ def hostnames(nodes: str) -> list[str]:
     return ask(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
 
 
+@functools.lru_cache(maxsize=4096)  # ended jobs are told of again at every tick
 def seconds(text: str) -> float | None:
     """'1-02:03:04' or '9:59' in seconds; None for UNLIMITED and the like."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
@@ -205,6 +207,7 @@ def seconds(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
 
 
+@functools.lru_cache(maxsize=4096)
 def _between(earlier: str, later: str) -> float | None:
     """Seconds between two of Slurm's local times; None where one is 'N/A' or 'Unknown'."""
     try:

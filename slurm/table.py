@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -69,7 +69,7 @@ class Table:
     def _save(self) -> None:
         draft = self._path.with_suffix(".tmp")
         with open(draft, "w") as file:
-            json.dump([asdict(entry) for entry in self._entries.values()], file)
+            file.write(json.dumps([vars(entry) for entry in self._entries.values()]))
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, self._path)

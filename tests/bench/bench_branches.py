@@ -93,11 +93,10 @@ class Stepped(AllocationRuns):
     """Every run is a step (which ends at once) of a held allocation, in one of its eight places."""
 
     def survey(self, submissions: Sequence[Submission]) -> Mapping[str, JobState] | None:
-        states = super().survey(submissions)
-        for run, state in (states or {}).items():
-            if state.phase != "pending":
-                finish(run, self._campaign_dir / "runs" / run.replace("-", "/", 1))
-        return states
+        for entry in self._table:
+            if entry.launched and not self._attached(entry):  # its srun has ended
+                finish(entry.run, Path(entry.run_dir))
+        return super().survey(submissions)
 
 
 CLUSTER = {"slurm": Queued, "allocation": Stepped}
