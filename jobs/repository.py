@@ -24,10 +24,12 @@ from jobs.effects import effect
 from jobs.errors import AutoresearchError, Paused, UserError, refusals_told
 from jobs.names import commit_message
 from jobs.objects import LINK, SUBMODULE, TREE, Entry, Objects
+from jobs.refs import SYNCED, Transactions, plain_words
 from jobs.text import one_line
 
 IDENTITY = ("autoresearch", "autoresearch@localhost")  # where git knows no user.name, user.email
 ABSENT = "0" * 40
+OLDEST_GIT = (2, 27)  # June 2020: transactions of update-ref
 PACK_FROM = 3000  # loose objects; git's own gc --auto starts at 6700
 
 Move = tuple[str, str, str | None]  # ref, new commit, commit it is at now (None: it is not there)
@@ -64,13 +66,15 @@ class Repository:
             os.environ.pop(name, None)
         self._repo = _open(Path(path))
         self.root = Path(self._repo.working_tree_dir or path)
+        self._refs = Transactions(self.root)
         self.objects = Objects(self._repo)
         config = self._repo.config_reader()
         self._user = tuple(str(config.get_value("user", k, default="")) for k in ("name", "email"))
         self._partial = bool(config.get_value("extensions", "partialclone", default=""))
 
     def close(self) -> None:
-        """End the long-lived `git cat-file` processes; they are started again when needed."""
+        """End the long-lived git processes; they are started again when needed."""
+        self._refs.close()
         self._repo.close()
 
     def run(self, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
@@ -78,7 +82,7 @@ class Repository:
         done = subprocess.run(
             ["git", *arguments],
             cwd=self.root,
-            env={**os.environ, "LC_ALL": "C", "LANGUAGE": "C"},  # its words are read, too
+            env=plain_words(),
             input=stdin.encode("utf-8", "surrogateescape"),
             capture_output=True,
             check=False,
@@ -285,10 +289,7 @@ class Repository:
         }
         lines = "".join(f"update {ref} {new} {old or ABSENT}\n" for ref, new, old in moves)
         with effect(min(kinds)):
-            status, _, err = self.run(
-                *_SYNCED, "update-ref", "-m", "autoresearch", "--stdin", stdin=lines
-            )
-        return err if status else None
+            return self._refs.commit(lines)
 
     def refs(self, *patterns: str) -> dict[str, str]:
         """Refs and their commits: of these names, and below them ("refs/autoresearch/night")."""
@@ -345,11 +346,11 @@ class Repository:
             )
             name = str(folder / "pack" / "autoresearch")
             pack = ("-c", "pack.threads=1", "pack-objects", "-q", "--incremental", name)
-            status, _, err = self.run(*_SYNCED, *pack, stdin=loose) if loose else (0, "", "")
+            status, _, err = self.run(*SYNCED, *pack, stdin=loose) if loose else (0, "", "")
             if status != 0:
                 raise Paused(f"git pack-objects in {self.root} failed: {err}", _remedy(err))
             self.git("prune-packed", "-q")
-            self.git(*_SYNCED, "pack-refs", "--all")
+            self.git(*SYNCED, "pack-refs", "--all")
         return True
 
     # Files
@@ -401,11 +402,6 @@ class Repository:
         return merged if status == 0 else None
 
 
-# git's defaults leave refs to the page cache, and give up after 0.1 s where NFS is slow
-_SYNCED = (
-    *("-c", "core.fsync=all"),
-    *("-c", "core.filesRefLockTimeout=5000", "-c", "core.packedRefsTimeout=20000"),
-)
 # plumbing: diff.noprefix, diff.external and their like are the user's, not ours
 _DIFF = ("--literal-pathspecs", "diff-tree", "-r", "--no-renames", "--no-ext-diff", "--no-textconv")
 _HEX = "[0-9a-f]"
@@ -413,9 +409,14 @@ _HEX = "[0-9a-f]"
 
 def _open(path: Path) -> git.Repo:
     try:
-        git.Git().version_info  # noqa: B018 - asks the program
+        version = git.Git().version_info
     except git.GitCommandNotFound:
         raise UserError("git is not on PATH: install it (Debian: apt-get install git)") from None
+    if version < OLDEST_GIT:
+        raise UserError(
+            f"git {'.'.join(map(str, version))} is too old, 2.27 or newer is needed: update it, or "
+            "load a newer one (module avail git)"
+        )
     if os.path.expandvars(path) != str(path):
         raise UserError(f"{path} holds a $ that git's library takes for a variable: rename it")
     try:

@@ -1,15 +1,17 @@
 """The sweep's TPE against random search: paired campaigns of real training on the CPU scale.
 
-    python -m tests.bench.bench_sweep [PAIRS] [TRIALS]
+    python -m tests.bench.bench_sweep [PAIRS] [TRIALS] [FOLDER]
 
-Pair n gives both samplers the search seed n, the same program and the same budget; runs are eager
-and single-threaded, two campaigns at a time. Reported honestly, also where TPE loses.
+FOLDER keeps the campaigns: called again with it, the bench goes on where it was ended. Pair n gives
+both samplers the search seed n, the same program and the same budget; runs are eager and
+single-threaded, two campaigns at a time. Reported honestly, also where TPE loses.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,6 @@ def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float,
     lab = folder / f"{sampler}-{seed}"
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CXX": "none", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "jobs.cli"]
-    subprocess.run([*command, "init", str(lab)], check=True, env=environ, capture_output=True)
     settings = {
         "campaign": "bench",
         "budget": {"tokens": TOKENS},
@@ -37,7 +38,13 @@ def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float,
         "limits": {"experiments": trials + 1},
         "confirm": {"runs": 0},
     }
-    (lab / "campaign.yaml").write_text(json.dumps(settings))
+    if not lab.exists():
+        draft = lab.with_suffix(".new")
+        shutil.rmtree(draft, ignore_errors=True)
+        asked = [*command, "init", str(draft)]
+        subprocess.run(asked, check=True, env=environ, capture_output=True)
+        (draft / "campaign.yaml").write_text(json.dumps(settings))
+        draft.rename(lab)
     subprocess.run([*command, "run"], cwd=lab, check=True, env=environ, capture_output=True)
     ledger = lab / "campaigns" / "bench" / "ledger.jsonl"
     branch = fold(json.loads(line) for line in ledger.read_text().splitlines()).branch("main")
@@ -46,15 +53,19 @@ def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float,
     return branch.baseline_metric, branch.best_metric
 
 
-def main(pairs: int = 5, trials: int = 40) -> None:
+def main(pairs: int = 5, trials: int = 40, folder: str = "") -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as passing, ThreadPoolExecutor(2) as pool:
+        place = Path(folder or passing).absolute()
+        place.mkdir(exist_ok=True)
+        asked = {
+            (sampler, seed): pool.submit(campaign, place, sampler, seed, trials)
+            for seed in range(pairs)
+            for sampler in ("tpe", "random")
+        }
         for seed in range(pairs):
-            asked = {
-                s: pool.submit(campaign, Path(name), s, seed, trials) for s in ("tpe", "random")
-            }
-            baseline, tpe = asked["tpe"].result()
-            _, drawn = asked["random"].result()
+            baseline, tpe = asked["tpe", seed].result()
+            _, drawn = asked["random", seed].result()
             rows.append({"pair": seed, "baseline": baseline, "TPE": tpe, "random": drawn})
             print(rows[-1], flush=True)
     wins = sum(row["TPE"] < row["random"] for row in rows)
@@ -68,4 +79,4 @@ def main(pairs: int = 5, trials: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:4])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +69,13 @@ def commit(
     repository: Repository, base: str, files: dict[str, str], message: str = "try it"
 ) -> str:
     return repository.commit(base, files, message, {"Campaign": "night", "Branch": "main"}, WHEN)
+
+
+def children(verb: str) -> list[int]:
+    """Git processes of this one, by what they were started for."""
+    me = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children")
+    pids = map(int, me.read_text().split())
+    return [pid for pid in pids if verb in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 # Commits
@@ -239,6 +248,22 @@ def test_a_branch_that_lags_on_its_own_line_or_was_deleted_is_brought_up(
     git(lab, "update-ref", "-d", ref)
     repository.point(ref, line[3], line[2])
     assert git(lab, "rev-parse", ref).strip() == line[3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_git_that_was_ended_between_two_moves_is_started_again(
+    lab: Path, repository: Repository, number: signal.Signals
+) -> None:
+    one = commit(repository, repository.start(), edited(1, "a = 1"))
+    two = commit(repository, one, edited(2, "a = 1"))
+    ref = names.branch_ref("night", "main")
+    repository.point(ref, one)
+    (git_itself,) = children("update-ref")
+    os.kill(git_itself, number)
+    repository.point(ref, two, one)
+    assert git(lab, "rev-parse", ref).strip() == two
+    repository.close()
+    assert children("update-ref") == []
 
 
 def test_a_branch_that_is_checked_out_stays_until_it_is_not(
@@ -429,6 +454,13 @@ except AutoresearchError as error:
 
 def test_a_missing_git_is_said(lab: Path, tmp_path: Path) -> None:
     assert "UserError git is not on PATH" in python(OPEN, str(lab), PATH=str(tmp_path))
+
+
+def test_a_git_that_is_too_old_is_said(lab: Path, tmp_path: Path) -> None:
+    (tmp_path / "git").write_text("#!/bin/sh\necho git version 2.25.1\n")
+    (tmp_path / "git").chmod(0o755)
+    said = python(OPEN, str(lab), PATH=str(tmp_path))
+    assert "UserError git 2.25.1 is too old, 2.27 or newer is needed" in said
 
 
 @pytest.fixture

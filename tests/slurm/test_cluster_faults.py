@@ -52,11 +52,12 @@ def below(pid: int) -> Iterator[int]:
             yield from below(int(child))
 
 
-def scorers(wanted: Callable[[dict[str, str]], bool]) -> Iterator[int]:
-    """Processes that score a run whose payload has an environment of this kind."""
+def scorers(night: Lab, wanted: Callable[[dict[str, str]], bool]) -> Iterator[int]:
+    """Processes that score a run of this night whose payload has an environment of this kind."""
     for folder in Path("/proc").glob("[0-9]*"):
         seen = environ(int(folder.name))
-        if "AUTORESEARCH_RUN_NAME" not in seen or not wanted(seen):
+        ours = seen.get("AUTORESEARCH_RUN_NAME", "").startswith(f"{night.name}-e")
+        if not ours or not wanted(seen):
             continue
         for pid in below(int(folder.name)):
             with contextlib.suppress(OSError):
@@ -65,13 +66,13 @@ def scorers(wanted: Callable[[dict[str, str]], bool]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def killing(wanted: Callable[[dict[str, str]], bool]) -> Iterator[None]:
+def killing(night: Lab, wanted: Callable[[dict[str, str]], bool]) -> Iterator[None]:
     """Meanwhile, whatever scores such a run is killed, as a failing node or a guard would."""
     over = threading.Event()
 
     def go_on() -> None:
         while not over.wait(0.2):
-            for pid in scorers(wanted):
+            for pid in scorers(night, wanted):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -104,7 +105,7 @@ def test_an_idea_whose_scorer_dies_wherever_it_runs_is_a_crash_and_no_nodes_faul
         doomed = [e["id"] for e in named if e["description"] == DOOMED]
         return any(f"{night.name}-{name}-" in seen["AUTORESEARCH_RUN_NAME"] for name in doomed)
 
-    with killing(of_the_idea):
+    with killing(night, of_the_idea):
         to_its_end(night)
     night.check_books()
     state = fold(ledger.read(night.folder / "ledger.jsonl"))
@@ -121,7 +122,7 @@ def test_an_idea_whose_scorer_dies_wherever_it_runs_is_a_crash_and_no_nodes_faul
 @KINDS
 def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kind):
     night = lab(kind, scripts=branches(8, 2, nap=1.5))
-    with killing(lambda seen: seen.get("SLURMD_NODENAME") == "n2"):
+    with killing(night, lambda seen: seen.get("SLURMD_NODENAME") == "n2"):
         to_its_end(night)
     night.check_books()
     state, late = State(), set()  # runs that were intended when the node was known to be bad
@@ -156,7 +157,7 @@ def first_attempt(seen: dict[str, str]) -> bool:
 
 def dies_once_on_n1(night: Lab) -> None:
     """Its edit's first attempt is killed, and the second one is where the first was."""
-    with killing(first_attempt):
+    with killing(night, first_attempt):
         to_its_end(night)
     night.check_books()
     results = attempts(night, "e0002")
