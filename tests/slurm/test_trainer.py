@@ -181,7 +181,8 @@ def test_a_place_of_trainings_on_a_machine_with_a_core_to_spare(lab):
     night = lab("allocation", branches=1, each=8)
     said, _ = (process := night.start()).communicate(timeout=1800)
     assert process.returncode == 0, said
-    good = check(night, 9)
+    check(night, 9)
+    good = [event["result"] for event in night.events("run_ended")]
     record(
         "Between two trainings in one place of an allocation",
         [{"experiments": len(good), **between(good, night)}],
