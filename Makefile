@@ -25,7 +25,7 @@ demo-detuned: $(INSTALLED)
 	$(BIN)/autoresearch demo --detuned
 
 test: lint
-	$(BIN)/python -m pytest -m "not cluster and not proof" -n auto --maxprocesses 4 --dist worksteal --durations=15
+	$(BIN)/python -m pytest -m "not cluster and not proof" -n auto --maxprocesses 4 --dist loadgroup --durations=15
 	@$(BIN)/python tests/bench/results.py
 
 lint: $(INSTALLED)

@@ -29,6 +29,7 @@ from jobs import effects
 HANGING = "run.cancel"  # needs a run that hangs
 TORN = "ledger.truncate"  # needs a ledger whose last line is torn
 WORKERS = 2
+pytestmark = pytest.mark.xdist_group("kills")  # they share what `killed` begins for all of them
 
 
 def scenario(root: Path, boundary: str = "") -> Lab:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -71,11 +72,18 @@ def commit(
     return repository.commit(base, files, message, {"Campaign": "night", "Branch": "main"}, WHEN)
 
 
-def children(verb: str) -> list[int]:
-    """Git processes of this one, by what they were started for."""
+def long_lived(lab: Path) -> list[int]:
+    """Git processes that wait there to move refs."""
     me = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children")
-    pids = map(int, me.read_text().split())
-    return [pid for pid in pids if verb in Path(f"/proc/{pid}/cmdline").read_text()]
+    ours = [Path(f"/proc/{pid}") for pid in me.read_text().split()]
+    verbs = {int(p.name): (p / "cmdline").read_bytes() for p in ours if here(p, lab)}
+    return [pid for pid, words in verbs.items() if b"update-ref" in words]
+
+
+def here(process: Path, folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        return (process / "cwd").resolve() == folder.resolve()
+    return False
 
 
 # Commits
@@ -258,12 +266,12 @@ def test_a_git_that_was_ended_between_two_moves_is_started_again(
     two = commit(repository, one, edited(2, "a = 1"))
     ref = names.branch_ref("night", "main")
     repository.point(ref, one)
-    (git_itself,) = children("update-ref")
+    (git_itself,) = long_lived(lab)
     os.kill(git_itself, number)
     repository.point(ref, two, one)
     assert git(lab, "rev-parse", ref).strip() == two
     repository.close()
-    assert children("update-ref") == []
+    assert long_lived(lab) == []
 
 
 def test_a_branch_that_is_checked_out_stays_until_it_is_not(

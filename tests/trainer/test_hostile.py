@@ -27,11 +27,7 @@ def data():
 
 @pytest.fixture
 def folder(tmp_path_factory) -> Path:
-    """A folder that an ordinary user can reach: pytest's own are closed."""
-    path = Path(tmp_path_factory.mktemp("run"))
-    for parent in (path, *path.parents[:2]):
-        parent.chmod(0o755)
-    return path
+    return runs.reachable(tmp_path_factory.mktemp("run"))
 
 
 @AS_BOTH

@@ -32,9 +32,7 @@ def data():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    return tmp_path
+    return runs.reachable(tmp_path)
 
 
 def schema(name: str) -> dict:
