@@ -274,11 +274,10 @@ def test_runs_of_a_node_that_dies_are_run_on_the_others(lab, kind):
     node = "n4"  # not the first one: with it the holder's own script would end
 
     def of_an_edit(seen: dict[str, str]) -> bool:
-        name = seen["AUTORESEARCH_RUN_NAME"]
-        edit = name.startswith(night.name) and payload.run_id(name) > "e0009"
+        edit = payload.run_id(seen["AUTORESEARCH_RUN_NAME"]) > "e0009"
         return edit and seen.get("SLURMD_NODENAME") == node
 
-    wait_for(lambda: list(scorers(of_an_edit)), 200, "for a run there")
+    wait_for(lambda: list(scorers(night, of_an_edit)), 200, "for a run there")
     try:
         end_node(node)
         said, _ = process.communicate(timeout=500)
