@@ -129,7 +129,7 @@ def _marks(text: str) -> Sequence[str] | None:
             held = ""
     if held:
         return None
-    return marks[1:] if marks[:1] == list(_mark("pass") or ()) else marks
+    return marks[1:] if marks and (marks[0],) == _mark("pass") else marks  # the docstring's
 
 
 @functools.lru_cache(maxsize=4096)

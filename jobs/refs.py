@@ -48,8 +48,7 @@ class Transactions:
         self._git = self._said = None
         if process is None or said is None:
             return ""
-        with contextlib.suppress(BrokenPipeError):
-            process.communicate()
+        process.communicate()
         with said:
             said.seek(0)
             return one_line(said.read().decode("utf-8", "replace"))

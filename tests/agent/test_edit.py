@@ -133,6 +133,50 @@ def test_a_program_that_was_tried_is_refused_whatever_its_layout():
     assert "exactly the program of e0042" in refusal(disguised, known=known)
 
 
+MARGINS = """# first
+'''Two lines
+
+at the margin.'''
+if depth:
+    a = 1
+# between
+else:
+    a = 2
+try:
+    b = [
+1,
+]
+except ValueError:
+    b = 0
+@decorated
+# and why
+def f(x):
+    return x
+c = 1 + \\
+2; d = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("# first", "# second", True),
+        ("Two lines", "Three lines", True),
+        ("# between", "\n\n# elsewhere", True),
+        ("# and why", "", True),
+        ("a = 2", "a = 3", False),
+        ("\n1,", "\n2,", False),
+        ("@decorated\n", "", False),
+        ("d = 3", "d = 4", False),
+        ("else:\n    a = 2\n", "", False),
+    ],
+)
+def test_a_program_is_known_by_its_statements_wherever_they_begin(old, new, same):
+    one, other = MARGINS, MARGINS.replace(old, new)
+    assert other != one
+    assert (edit.fingerprint({PATH: one}) == edit.fingerprint({PATH: other})) == same
+
+
 def test_may_change_holds_names_and_regions():
     limits = program.Limits(may_change=("matrix_rate", "train"))
     assert refusal(PROGRAM.replace("0.04", "0.05"), limits=limits) is None

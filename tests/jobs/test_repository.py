@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,20 +67,6 @@ def commit(
     repository: Repository, base: str, files: dict[str, str], message: str = "try it"
 ) -> str:
     return repository.commit(base, files, message, {"Campaign": "night", "Branch": "main"}, WHEN)
-
-
-def long_lived(lab: Path) -> list[int]:
-    """Git processes that wait there to move refs."""
-    me = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children")
-    ours = [Path(f"/proc/{pid}") for pid in me.read_text().split()]
-    verbs = {int(p.name): (p / "cmdline").read_bytes() for p in ours if here(p, lab)}
-    return [pid for pid, words in verbs.items() if b"update-ref" in words]
-
-
-def here(process: Path, folder: Path) -> bool:
-    with contextlib.suppress(OSError):  # it ended meanwhile
-        return (process / "cwd").resolve() == folder.resolve()
-    return False
 
 
 # Commits
@@ -256,22 +239,6 @@ def test_a_branch_that_lags_on_its_own_line_or_was_deleted_is_brought_up(
     git(lab, "update-ref", "-d", ref)
     repository.point(ref, line[3], line[2])
     assert git(lab, "rev-parse", ref).strip() == line[3]
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_git_that_was_ended_between_two_moves_is_started_again(
-    lab: Path, repository: Repository, number: signal.Signals
-) -> None:
-    one = commit(repository, repository.start(), edited(1, "a = 1"))
-    two = commit(repository, one, edited(2, "a = 1"))
-    ref = names.branch_ref("night", "main")
-    repository.point(ref, one)
-    (git_itself,) = long_lived(lab)
-    os.kill(git_itself, number)
-    repository.point(ref, two, one)
-    assert git(lab, "rev-parse", ref).strip() == two
-    repository.close()
-    assert long_lived(lab) == []
 
 
 def test_a_branch_that_is_checked_out_stays_until_it_is_not(
