@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from slurm.executor import SlurmExecutor
 from tests.bench.results import record
 
 SLOTS = 4  # of each branch
+TIMES = 50  # a command that does nothing is called
 PLACES = 8  # of the test cluster: as many steps can be in flight
 SLURM = {"cpus": 1, "memory": "50M", "poll_seconds": 0.5, "setup": ["exit 0"], "nodes": 4}
 
@@ -154,6 +157,36 @@ def measure(root: Path, branches: int, experiments: int, kind: str = "local") ->
     return row
 
 
+def floors() -> None:
+    """What the commands cost that no controller can do without, when they do nothing."""
+    asked, holder = ["git --version"], ""
+    if shutil.which("sbatch"):
+        holder = text_of("sbatch --parsable --output=/dev/null --wrap 'sleep 300'")
+        asked += ["squeue --noheader", "sbatch --test-only --wrap true"]
+        asked += [f"srun --jobid={holder} --overlap --ntasks=1 true"]
+        while text_of(f"squeue --noheader --format=%T --jobs={holder}") != "RUNNING":
+            time.sleep(0.2)
+    rows = []
+    for line in asked:
+        before = cpu_s()
+        for _ in range(TIMES):
+            text_of(line)
+        rows.append(
+            {
+                "command": line.replace(holder, "JOB") if holder else line,
+                "CPU ms": (cpu_s() - before) / TIMES * 1000,
+            }
+        )
+    if holder:
+        text_of(f"scancel {holder}")
+    record("Branches: commands that do nothing", rows, f"CPU of each, mean of {TIMES} calls.")
+
+
+def text_of(line: str) -> str:
+    done = subprocess.run(shlex.split(line), check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", type=int, default=1600)
@@ -161,6 +194,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
         passes = [[measure(Path(place) / str(n), n, asked.experiments) for n in (1, 4, 32)]]
+        floors()
         passes += [with_slurm(Path(place), kind, asked.jobs) for kind in CLUSTER]
     ratios = [found[-1][COST] / found[0][COST] for found in passes if found[0][COST]]
     record(
