@@ -78,7 +78,8 @@ def main(pairs: int = 5, trials: int = 40, folder: str = "") -> None:
         "Sweep: TPE against random search",
         rows,
         f"{trials} trials each: TPE wins {wins} of {pairs}; median of the best val_bpb "
-        f"{medians[0]:.4f} (TPE), {medians[1]:.4f} (random). Half the shipped width; {TOKENS} tokens.",
+        f"{medians[0]:.4f} (TPE), {medians[1]:.4f} (random). Half the shipped width, "
+        f"{TOKENS} tokens.",
     )
 
 
