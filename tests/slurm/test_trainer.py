@@ -109,7 +109,8 @@ def check(night: TrainerLab, experiments: int) -> list[dict[str, Any]]:
     return good
 
 
-@pytest.mark.parametrize("kind", ["slurm", "allocation"])
+# With a job for each run it is of make proof-cluster: a change waits for these tests.
+@pytest.mark.parametrize("kind", [pytest.param("slurm", marks=pytest.mark.proof), "allocation"])
 def test_sixteen_trainings_in_eight_places_at_once(lab, kind):
     night = lab(kind, branches=8, each=1)
     process = night.start()
