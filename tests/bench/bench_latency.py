@@ -18,8 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench.results import record
-from tests.jobs.toylab import Lab, change
+from tests.bench.results import REPOSITORY, record
+
+sys.path.insert(0, str(REPOSITORY / "tests/jobs"))
+
+from toylab import Lab, change
 
 PROMISED_S = 0.3
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from tests.bench import (
     train_runs,
 )
 
+HERE = Path(__file__).parent
 STEP = 2048  # tokens
 
 
@@ -33,6 +36,12 @@ def data() -> Path:
     folder = campaign.data_folder(config.parse({"campaign": "bench"}))
     lab.prepare(settings.corpus, settings.scale, folder)
     return folder
+
+
+@pytest.mark.parametrize("bench", sorted(path.stem for path in HERE.glob("bench_*.py")))
+def test_each_is_found_whole_by_a_process_of_its_own(bench: str) -> None:
+    argv = [sys.executable, "-c", f"import tests.bench.{bench}"]
+    subprocess.run(argv, cwd=results.REPOSITORY, check=True, timeout=60)
 
 
 def test_attention() -> None:
