@@ -1,39 +1,48 @@
 """The sweep's TPE against random search: paired campaigns of real training on the CPU scale.
 
-    python -m tests.bench.bench_sweep [PAIRS] [TRIALS] [FOLDER]
+    python -m tests.bench.bench_sweep [PAIRS] [TRIALS]
 
-FOLDER keeps the campaigns: called again with it, the bench goes on where it was ended. Pair n gives
-both samplers the search seed n, the same program and the same budget; runs are eager and
-single-threaded, two campaigns at a time. The program is the shipped one at half its width: so it
-trains nearly twice the steps in the three seconds. Reported honestly, also where TPE loses.
+Pair n gives both samplers the search seed n, the same program and the same budget; runs are eager
+and single-threaded, two campaigns at a time. The program is the shipped one at half its width: so
+it trains nearly twice the steps in the three seconds. Reported honestly, also where TPE loses.
+
+A campaign takes a quarter of an hour: what ended is kept in sweep.json beside this file, and not
+run again while program and sampler stay as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from agent import constants
 from jobs import lab
 from jobs.history import fold
 from tests.bench.results import REPOSITORY, record
 
+ENDED = Path(__file__).with_name("sweep.json")
+SAMPLING = ("agent/constants.py", "agent/sweep.py")
+SAMPLERS = {"tpe": "TPE", "random": "random"}  # and their columns
 NARROW = {"width_per_layer": 32, "head_width": 32, "value_gate_channels": 32}
 TOKENS = 15 * 2048  # about 3 s of training on one core (10,000 tokens a second)
+
+
+def program() -> str:
+    return constants.replace((REPOSITORY / lab.PROGRAM).read_text(), NARROW, "cpu")
 
 
 def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float, float]:
     """(baseline, best) val_bpb of one campaign."""
     home = folder / f"{sampler}-{seed}"
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CXX": "none", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "jobs.cli"]
     settings = {
         "campaign": "bench",
         "budget": {"tokens": TOKENS},
@@ -42,14 +51,10 @@ def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float,
         "limits": {"experiments": trials + 1},
         "confirm": {"runs": 0},
     }
-    if not home.exists():
-        draft = home.with_suffix(".new")
-        shutil.rmtree(draft, ignore_errors=True)
-        shipped = (REPOSITORY / lab.PROGRAM).read_text()
-        lab.make(draft, constants.replace(shipped, NARROW, "cpu"))
-        (draft / "campaign.yaml").write_text(json.dumps(settings))
-        draft.rename(home)
-    subprocess.run([*command, "run"], cwd=home, check=True, env=environ, capture_output=True)
+    lab.make(home, program())
+    (home / "campaign.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "jobs.cli", "run"]
+    subprocess.run(command, cwd=home, check=True, env=environ, capture_output=True)
     ledger = home / "campaigns" / "bench" / "ledger.jsonl"
     branch = fold(json.loads(line) for line in ledger.read_text().splitlines()).branch("main")
     assert branch.baseline_metric is not None
@@ -57,21 +62,43 @@ def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float,
     return branch.baseline_metric, branch.best_metric
 
 
-def main(pairs: int = 5, trials: int = 40, folder: str = "") -> None:
-    rows = []
-    with tempfile.TemporaryDirectory() as passing, ThreadPoolExecutor(2) as pool:
-        place = Path(folder or passing).absolute()
-        place.mkdir(exist_ok=True)
-        asked = {
-            (sampler, seed): pool.submit(campaign, place, sampler, seed, trials)
-            for seed in range(pairs)
-            for sampler in ("tpe", "random")
-        }
-        for seed in range(pairs):
-            baseline, tpe = asked["tpe", seed].result()
-            _, drawn = asked["random", seed].result()
-            rows.append({"pair": seed, "baseline": baseline, "TPE": tpe, "random": drawn})
-            print(rows[-1], flush=True)
+def depends(trials: int) -> dict[str, Any]:
+    """What a campaign's outcome follows from, beside its sampler and seed."""
+    parts = [program(), *((REPOSITORY / path).read_text() for path in SAMPLING)]
+    sha256 = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return {"trials": trials, "tokens": TOKENS, "code_sha256": sha256}
+
+
+def ended(trials: int) -> list[dict[str, Any]]:
+    """The campaigns of sweep.json that need not be run again."""
+    kept = json.loads(ENDED.read_text()) if ENDED.exists() else []
+    return [row for row in kept if depends(trials).items() <= row.items()]
+
+
+def measure(pairs: int, trials: int, folder: Path) -> list[dict[str, Any]]:
+    """The rows of sweep.json with every pair in them; each is written there as it ends."""
+    rows = ended(trials)
+    have = {(row["sampler"], row["seed"]) for row in rows}
+    every = [(sampler, seed) for seed in range(pairs) for sampler in SAMPLERS]
+    missing = [one for one in every if one not in have]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda one: campaign(folder, *one, trials), missing)
+        for (sampler, seed), (baseline, best) in zip(missing, found, strict=True):
+            row = {"sampler": sampler, "seed": seed, "baseline": baseline, "best": best}
+            print(row, flush=True)
+            rows.append({**row, **depends(trials)})
+            draft = ENDED.with_suffix(".tmp")
+            draft.write_text(json.dumps(rows, indent=1) + "\n")
+            draft.replace(ENDED)
+    return [row for row in rows if (row["sampler"], row["seed"]) in every]
+
+
+def main(pairs: int = 5, trials: int = 40) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(pairs, trials, Path(folder))
+    rows: list[dict[str, Any]] = [{"pair": seed} for seed in range(pairs)]
+    for one in measured:
+        rows[one["seed"]] |= {"baseline": one["baseline"], SAMPLERS[one["sampler"]]: one["best"]}
     wins = sum(row["TPE"] < row["random"] for row in rows)
     medians = [statistics.median(row[key] for row in rows) for key in ("TPE", "random")]
     record(
@@ -84,4 +111,4 @@ def main(pairs: int = 5, trials: int = 40, folder: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), *sys.argv[3:4])
+    main(*map(int, sys.argv[1:3]))

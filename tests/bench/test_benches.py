@@ -114,8 +114,12 @@ def test_startup_and_gpu(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyP
 
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     monkeypatch.setattr(bench_sweep, "TOKENS", 12 * STEP)
-    first, best = bench_sweep.campaign(tmp_path, "random", 0, 0)
-    assert best == first < 3.6  # of the baseline alone
+    monkeypatch.setattr(bench_sweep, "ENDED", tmp_path / "sweep.json")
+    monkeypatch.setattr(bench_sweep, "SAMPLERS", {"random": "random"})
+    (row,) = bench_sweep.measure(1, 0, tmp_path)
+    assert row["best"] == row["baseline"] < 3.6  # of the baseline alone
+    assert bench_sweep.measure(1, 0, tmp_path / "not needed") == [row]
+    assert bench_sweep.ended(1) == []
 
 
 @pytest.mark.cluster
