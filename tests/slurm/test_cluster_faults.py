@@ -27,7 +27,11 @@ import small_disk
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-KINDS = pytest.mark.parametrize("kind", ["slurm", "allocation"])
+# The other kind, and a drained cluster, are of make proof-cluster: a change waits for these tests.
+# What differs between the kinds is its executor's, and tested there.
+ONE_KIND = pytest.mark.parametrize(
+    "kind", [pytest.param("slurm", marks=pytest.mark.proof), "allocation"]
+)
 DOOMED = "X 0.125"  # an edit's description
 
 
@@ -92,7 +96,7 @@ def to_its_end(night: Lab) -> str:
     return said
 
 
-@KINDS
+@ONE_KIND
 def test_an_idea_whose_scorer_dies_wherever_it_runs_is_a_crash_and_no_nodes_fault(lab, kind):
     scripts = branches(6, 3, nap=2.0)
     scripts["b1"].append({"description": DOOMED, "set": {"X": 0.125, "NAP": 4.0}})
@@ -119,7 +123,7 @@ def test_an_idea_whose_scorer_dies_wherever_it_runs_is_a_crash_and_no_nodes_faul
     assert policy.excluded_nodes(state) == frozenset()
 
 
-@KINDS
+@ONE_KIND
 def test_a_node_that_fails_everything_is_excluded_after_two_experiments(lab, kind):
     night = lab(kind, scripts=branches(8, 2, nap=1.5))
     with killing(night, lambda seen: seen.get("SLURMD_NODENAME") == "n2"):
@@ -165,12 +169,6 @@ def dies_once_on_n1(night: Lab) -> None:
     assert [result["node"] for result in results] == ["n1", "n1"]
 
 
-# The other kind, and a drained cluster, are of make proof-cluster: a change waits for these tests.
-ONE_KIND = pytest.mark.parametrize(
-    "kind", [pytest.param("slurm", marks=pytest.mark.proof), "allocation"]
-)
-
-
 @ONE_KIND
 def test_on_a_single_node_a_run_that_dies_is_tried_there_again(lab, kind):
     single = {"exclude": ["n2", "n3", "n4"], "nodes": 1, "slots": 2}
@@ -209,7 +207,7 @@ def test_when_all_is_cancelled_at_once_each_run_is_tried_again_and_no_node_is_bl
     assert not any(run.died for runs in state.nodes.values() for run in runs)
 
 
-@KINDS
+@ONE_KIND
 def test_a_run_that_slurm_ends_at_its_time_limit_is_tried_again(lab, kind):
     night = lab(kind, *edits(1, nap=100.0))
     process = night.start()
@@ -267,7 +265,7 @@ def end_node(node: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-@KINDS
+@ONE_KIND
 def test_runs_of_a_node_that_dies_are_run_on_the_others(lab, kind):
     night = lab(kind, scripts=branches(8, 1, nap=25.0))
     process = night.start()
