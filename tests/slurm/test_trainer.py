@@ -109,8 +109,10 @@ def check(night: TrainerLab, experiments: int) -> list[dict[str, Any]]:
     return good
 
 
-# With a job for each run it is of make proof-cluster: a change waits for these tests.
-@pytest.mark.parametrize("kind", [pytest.param("slurm", marks=pytest.mark.proof), "allocation"])
+# Of make proof-cluster: a change waits for these tests, and they have sixteen short runs in eight
+# places and a night of trainings below.
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["slurm", "allocation"])
 def test_sixteen_trainings_in_eight_places_at_once(lab, kind):
     night = lab(kind, branches=8, each=1)
     process = night.start()
@@ -138,13 +140,13 @@ def test_an_image_changed_by_a_byte_pauses_the_night_which_goes_on_once_it_is_ba
     mine = images.find(store, image.sha256)
     night = TrainerLab(home / "lab", "slurm", mine, branches=1, each=2)
     process = night.start()
-    wait_for((night.folder / "runs/e0002/s1-a1/claim.json").exists, 300, "for the second run")
+    wait_for((night.folder / "runs/e0002/s1-a1/claim.json").exists, 900, "for the second run")
     flip(Path(mine.path))
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 3, said
     assert f"recorded is sha256 {image.sha256}, found is" in said
     flip(Path(mine.path))
-    said, _ = (process := night.start()).communicate(timeout=300)
+    said, _ = (process := night.start()).communicate(timeout=900)
     assert process.returncode == 0, said
     check(night, 3)
 
