@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,9 @@ from slurm import commands
 from slurm.allocation import AllocationRuns
 from slurm.executor import SlurmExecutor
 from tests.bench.results import record
+from tests.slurm.rig import slurm, wait_for
 
 SLOTS = 4  # of each branch
-TIMES = 50  # a command that does nothing is called
 PLACES = 8  # of the test cluster: as many steps can be in flight
 SLURM = {"cpus": 1, "memory": "50M", "poll_seconds": 0.5, "setup": ["exit 0"], "nodes": 4}
 
@@ -157,34 +155,33 @@ def measure(root: Path, branches: int, experiments: int, kind: str = "local") ->
     return row
 
 
-def floors() -> None:
-    """What the commands cost that no controller can do without, when they do nothing."""
-    asked, holder = ["git --version"], ""
-    if shutil.which("sbatch"):
-        holder = text_of("sbatch --parsable --output=/dev/null --wrap 'sleep 300'")
-        asked += ["squeue --noheader", "sbatch --test-only --wrap true"]
-        asked += [f"srun --jobid={holder} --overlap --ntasks=1 true"]
-        while text_of(f"squeue --noheader --format=%T --jobs={holder}") != "RUNNING":
-            time.sleep(0.2)
-    rows = []
-    for line in asked:
-        before = cpu_s()
-        for _ in range(TIMES):
-            text_of(line)
-        rows.append(
-            {
-                "command": line.replace(holder, "JOB") if holder else line,
-                "CPU ms": (cpu_s() - before) / TIMES * 1000,
-            }
+def doing_nothing(times: int = 50) -> list[dict[str, Any]]:
+    """CPU milliseconds of the commands that no controller can do without, when they do nothing."""
+    rows = [doing("git --version", ["git", "--version"], times)]
+    try:
+        commands.queue()
+    except (commands.Unanswered, FileNotFoundError):
+        return rows
+    rows.append(doing("squeue", ["squeue", "--noheader"], times))
+    rows.append(doing("sbatch --test-only", ["sbatch", "--test-only", "--wrap=true"], times))
+    sleeper = ["sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 300"]
+    job = slurm(*sleeper).strip()
+    try:
+        wait_for(
+            lambda: "RUNNING" in slurm("squeue", "--format=%T", "--jobs", job), 60, "for a job"
         )
-    if holder:
-        text_of(f"scancel {holder}")
-    record("Branches: commands that do nothing", rows, f"CPU of each, mean of {TIMES} calls.")
+        step = ["srun", f"--jobid={job}", "--overlap", "--ntasks=1", "true"]
+        rows.append(doing("srun of a step", step, times))
+    finally:
+        slurm("scancel", job)
+    return rows
 
 
-def text_of(line: str) -> str:
-    done = subprocess.run(shlex.split(line), check=True, capture_output=True, text=True, timeout=60)
-    return done.stdout.strip()
+def doing(name: str, argv: list[str], times: int) -> dict[str, Any]:
+    before = cpu_s()
+    for _ in range(times):
+        subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    return {"command": name, "CPU ms": (cpu_s() - before) / times * 1000}
 
 
 def main() -> None:
@@ -194,8 +191,8 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
         passes = [[measure(Path(place) / str(n), n, asked.experiments) for n in (1, 4, 32)]]
-        floors()
         passes += [with_slurm(Path(place), kind, asked.jobs) for kind in CLUSTER]
+    record("Branches: commands that do nothing", doing_nothing(), "CPU of one, mean of 50.")
     ratios = [found[-1][COST] / found[0][COST] for found in passes if found[0][COST]]
     record(
         "Branches: what the controller costs",

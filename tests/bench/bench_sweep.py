@@ -69,28 +69,20 @@ def depends(trials: int) -> dict[str, Any]:
     return {"trials": trials, "tokens": TOKENS, "code_sha256": sha256}
 
 
-def ended(trials: int) -> list[dict[str, Any]]:
-    """The campaigns of sweep.json that need not be run again."""
-    kept = json.loads(ENDED.read_text()) if ENDED.exists() else []
-    return [row for row in kept if depends(trials).items() <= row.items()]
-
-
 def measure(pairs: int, trials: int, folder: Path) -> list[dict[str, Any]]:
-    """The rows of sweep.json with every pair in them; each is written there as it ends."""
-    rows = ended(trials)
-    have = {(row["sampler"], row["seed"]) for row in rows}
-    every = [(sampler, seed) for seed in range(pairs) for sampler in SAMPLERS]
-    missing = [one for one in every if one not in have]
+    """The campaigns of these pairs; what is not in sweep.json yet is run, and written there."""
+    same, rows = depends(trials), json.loads(ENDED.read_text()) if ENDED.exists() else []
+    every = [same | {"sampler": name, "seed": seed} for seed in range(pairs) for name in SAMPLERS]
+    missing = [one for one in every if not any(one.items() <= row.items() for row in rows)]
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda one: campaign(folder, *one, trials), missing)
-        for (sampler, seed), (baseline, best) in zip(missing, found, strict=True):
-            row = {"sampler": sampler, "seed": seed, "baseline": baseline, "best": best}
-            print(row, flush=True)
-            rows.append({**row, **depends(trials)})
+        found = pool.map(lambda o: campaign(folder, o["sampler"], o["seed"], trials), missing)
+        for one, (baseline, best) in zip(missing, found, strict=True):
+            rows.append(one | {"baseline": baseline, "best": best})
+            print(rows[-1], flush=True)
             draft = ENDED.with_suffix(".tmp")
             draft.write_text(json.dumps(rows, indent=1) + "\n")
             draft.replace(ENDED)
-    return [row for row in rows if (row["sampler"], row["seed"]) in every]
+    return [row for row in rows if any(one.items() <= row.items() for one in every)]
 
 
 def main(pairs: int = 5, trials: int = 40) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_branches(tmp_path: Path) -> None:
     row = bench_branches.measure(tmp_path / "lab", 2, 10)
     assert row["experiments"] >= 10
     assert row[bench_branches.COST] > 0
+    assert all(row["CPU ms"] > 0 for row in bench_branches.doing_nothing(2))
 
 
 def test_constants() -> None:
@@ -119,7 +121,8 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> N
     (row,) = bench_sweep.measure(1, 0, tmp_path)
     assert row["best"] == row["baseline"] < 3.6  # of the baseline alone
     assert bench_sweep.measure(1, 0, tmp_path / "not needed") == [row]
-    assert bench_sweep.ended(1) == []
+    (other,) = bench_sweep.measure(1, 1, tmp_path / "other")  # beside it, not in its place
+    assert json.loads(bench_sweep.ENDED.read_text()) == [row, other]
 
 
 @pytest.mark.cluster
