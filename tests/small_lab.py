@@ -14,7 +14,17 @@ def lab(folder: Path, files: dict[str, str], settings: dict[str, Any]) -> Path:
     for path, text in {**files, "campaign.yaml": json.dumps(settings)}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
-    who = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "start"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
+    return as_repository(folder)
+
+
+def as_repository(folder: Path) -> Path:
+    """Make a folder a git repository of one commit, by a user of its own: git may know none."""
+    for words in (
+        "init -q -b main",
+        "config user.name t",
+        "config user.email t@localhost",
+        "add -A",
+        "commit -qm start",
+    ):
+        subprocess.run(["git", *words.split()], cwd=folder, check=True)
     return folder

@@ -30,6 +30,7 @@ from slurm.allocation import AllocationRuns
 from slurm.executor import SlurmExecutor
 from tests.bench.results import record
 from tests.slurm.rig import slurm, wait_for
+from tests.small_lab import as_repository
 
 SLOTS = 4  # of each branch
 PLACES = 8  # of the test cluster: as many steps can be in flight
@@ -109,8 +110,7 @@ def measure(root: Path, branches: int, experiments: int, kind: str = "local") ->
     (root / "solution.py").write_text("".join(f"value_{i} = {i}  # a line\n" for i in range(700)))
     (root / "score.py").write_text("")
     (root / "program.md").write_text("Find a number.\n")
-    for words in ("init -q -b main", "add -A", "commit -qm start"):
-        subprocess.run(["git", "-C", str(root), *words.split()], check=True)
+    as_repository(root)
     scorer = {"command": ["python", "score.py"], "files": ["score.py"]}
     task = {"kind": "general", "editable": ["solution.py"], "command": [], "metric": "loss"}
     settings = config.parse(

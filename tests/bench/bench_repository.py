@@ -17,6 +17,7 @@ from pathlib import Path
 from jobs import mirror, names
 from jobs.repository import Repository
 from tests.bench.results import record
+from tests.small_lab import as_repository
 
 PROGRAM = "trainer/train.py"
 NOTE_EVERY = 50  # experiments, as the controller does
@@ -37,9 +38,7 @@ def make_lab(folder: Path) -> Path:
     (folder / PROGRAM).write_text("".join(lines))
     for i in range(100):
         (folder / "trainer" / f"frozen_{i}.py").write_text(f"x = {i}\n" * 100)
-    for command in ("init -q -b main", "add -A", "commit -qm start"):
-        subprocess.run(["git", "-C", str(folder), *command.split()], check=True)
-    return folder
+    return as_repository(folder)
 
 
 class Costs:
