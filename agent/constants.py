@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 Number = int | float
+LARGEST = 2**53  # beyond it a float no longer tells one integer from the next
 
 _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
@@ -171,12 +172,20 @@ def _numbers(name: str, node: ast.expr) -> Iterator[tuple[str, ast.expr, Number]
             yield from _numbers(f"{name}[{index}]", element)
         return
     value = _evaluate(node)
-    if value is not None and math.isfinite(value):
+    if value is not None:
         yield name, node, value
 
 
 def _evaluate(node: ast.expr) -> Number | None:
-    """The value of a literal number or of plain arithmetic on such; None for all else."""
+    """The value of a literal number or of plain arithmetic on such.
+
+    None for all else, and beyond LARGEST: `1 << (1 << 40)` would take all memory.
+    """
+    value = _computed(node)
+    return value if value is not None and abs(value) <= LARGEST else None
+
+
+def _computed(node: ast.expr) -> Number | None:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value  # type: ignore[return-value]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -190,6 +199,8 @@ def _evaluate(node: ast.expr) -> Number | None:
     try:
         if isinstance(node.op, ast.Pow):
             value: Number = left**right if abs(right) <= 64 and abs(left) <= 1e6 else math.inf
+        elif isinstance(node.op, ast.LShift) and right > 64:
+            return None
         else:
             value = _OPERATORS[type(node.op)](left, right)
         return value if isinstance(value, int | float) else None  # (-8) ** 0.5 is complex

@@ -144,10 +144,16 @@ class Ledger:
 
         Raises:
             Displaced: another controller holds the campaign.
-            Paused: the disk refused (full, read-only, I/O error); the file is as it was before.
+            Paused: the disk refused (full, read-only, I/O error), and the file is as it was before;
+                or something has cut the file.
         """
         self.check()
-        if os.fstat(self._fd).st_size != self.offset:
+        if (size := os.fstat(self._fd).st_size) < self.offset:
+            raise Paused(
+                f"{self.path} has {size} bytes, and {self.offset} were recorded: it was cut",
+                "Bring it back from a copy or from git (its records), and start again",
+            )
+        if size > self.offset:
             self._catch_up_late()
         made = [self._event(name, payload, i) for i, (name, payload) in enumerate(events)]
         # NaN is no JSON; a missing number is null, so that every reader of the file can parse it
@@ -217,7 +223,9 @@ class Ledger:
                 written += os.write(self._fd, data[written:])
             os.fsync(self._fd)
         except OSError as error:
-            # A half-written or unsynced line must not be read back as recorded later.
+            # A half-written or unsynced line must not be read back as recorded later. But a disk
+            # that hangs lets another controller in: then the end of the file is that one's.
+            self.check()
             self._cut()
             raise refused(self.path, "appended to", error) from error
 

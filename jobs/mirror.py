@@ -5,9 +5,11 @@ With its records a campaign can be rebuilt from git alone, in any clone.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from jobs.effects import effect
 from jobs.errors import AutoresearchError, Paused, UserError
@@ -121,9 +123,11 @@ def load_records(repository: Repository, campaign: str) -> dict[str, bytes]:
 def save_ledger(
     repository: Repository, campaign: str, ledger: Path, others: Mapping[str, bytes] | None = None
 ) -> None:
-    """Keep the ledger, in chunks, and other records with it; reads only what is not kept yet.
+    """Keep the ledger's whole lines, in chunks, and other records with it; reads only what is not
+    kept yet.
 
-    Its writer and `autoresearch push` may do so at once.
+    Its writer and `autoresearch push` may do so at once. A line that a kill tore is cut off when
+    its writer starts again: kept, it would be a history that nobody has.
     """
 
     def due(old: str | None) -> dict[str, bytes]:
@@ -131,13 +135,25 @@ def save_ledger(
         number = max(0, len(repository.objects.tree(kept.sha)) - 1) if kept else 0
         records = dict(others or {})
         with open(ledger, "rb") as file:
-            file.seek(number * CHUNK)  # the last one kept may have been half full
-            while chunk := file.read(CHUNK):
-                records[f"ledger/{number:06}"] = chunk
-                number += 1
+            end = _end_of_lines(file)
+            for start in range(number * CHUNK, end, CHUNK):  # the last one may have been half full
+                file.seek(start)
+                records[f"ledger/{start // CHUNK:06}"] = file.read(min(CHUNK, end - start))
         return records
 
     _save(repository, campaign, due)
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends, in bytes."""
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - CHUNK)
+        file.seek(start)
+        if found := file.read(position - start).rfind(b"\n") + 1:
+            return start + found
+        position = start
+    return 0
 
 
 def load_ledger(repository: Repository, campaign: str) -> bytes:

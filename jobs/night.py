@@ -12,6 +12,7 @@ from agent.researcher import Researcher, researcher
 from jobs import campaign, lab, materialise, submission
 from jobs.config import agent_of
 from jobs.controller import Controller
+from jobs.errors import UserError
 from jobs.history import State
 from jobs.model import Experiment, Run
 from jobs.records import Branch
@@ -109,8 +110,21 @@ class Cast:
         return self._understudy
 
     def _settings(self, branch: Branch) -> Agent:
+        """As recorded. But records may come from elsewhere (`fetch`): what is run here, and who is
+        told a key of this place, only campaign.yaml says. Raises UserError."""
         recorded = branch.settings.get("agent")
-        return self._config.agent if recorded is None else agent_of(recorded)
+        named = self._config.branches.get(branch.name)
+        here = named.agent if named else self._config.agent
+        if recorded is None:
+            return here
+        agent = agent_of(recorded)
+        if agent.argv and not here.argv:
+            raise UserError(
+                f"branch {branch.name}: its records name a command to propose with, campaign.yaml "
+                f"does not: give it there (branches.{branch.name}.agent) if it is to run here"
+            )
+        argv = here.argv if agent.argv else ()
+        return dataclasses.replace(agent, argv=argv, base_url=here.base_url, key_file=here.key_file)
 
 
 def dry_run(config: Config, root: Path) -> str:

@@ -151,8 +151,8 @@ def _keeps(state: State, branch: Branch, diff: Callable[[Record], str]) -> str:
         change = "" if record.gain is None else report.signed(state, record.gain)
         rows.append(
             (
-                record.id,
-                f"<code>{record.commit[:10]}</code>",
+                _text(record.id),
+                f"<code>{_text(record.commit[:10])}</code>",
                 tables.value(state, record.metric),
                 change,
                 f"+{record.lines_added} &minus;{record.lines_removed}",

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import TextIO
 
+from jobs.text import lines, one_line
+
 QUIET_S = 60.0  # between two lines of progress where no terminal overwrites them
 
 
@@ -20,12 +22,14 @@ class Screen:
         self._shown, self._shown_at = "", time.monotonic()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """A line that stays, or several. What a model or a program said may be among it."""
+        line = lines(line)
         self._print(f"\r\x1b[K{line}\n" if self._shown and self._terminal else f"{line}\n")
         self._shown, self._shown_at = "", time.monotonic()
 
     def show(self, text: str) -> None:
         """Progress: overwritten by what comes next; in a log, once a minute."""
+        text = text if text.isprintable() else one_line(text)
         if text == self._shown or not text:
             return
         now = time.monotonic()

@@ -46,7 +46,13 @@ def test_an_absent_constant_is_named_with_those_there_are():
         constants.replace("depth = 2\n", {"lr": 1})
 
 
-@pytest.mark.parametrize("text", ["def (:", "x = 1 / 0", "x = 9**9**9", "x = 1e999"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("def (:", "x = 1 / 0", "x = 9**9**9", "x = 1e999", "x = 1 << 2000", "x = 1 << (1 << 40)"),
+        pytest.param(f"x = {'9' * 400}", id="400 digits"),
+    ],
+)
 def test_what_has_no_value_is_no_constant(text):
     assert constants.values(text) == {}
 

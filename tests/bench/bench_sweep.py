@@ -29,7 +29,6 @@ from jobs.history import fold
 from tests.bench.results import REPOSITORY, record
 
 ENDED = Path(__file__).with_name("sweep.json")
-SAMPLING = ("agent/constants.py", "agent/sweep.py")
 SAMPLERS = {"tpe": "TPE", "random": "random"}  # and their columns
 NARROW = {"width_per_layer": 32, "head_width": 32, "value_gate_channels": 32}
 TOKENS = 15 * 2048  # about 3 s of training on one core (10,000 tokens a second)
@@ -64,7 +63,8 @@ def campaign(folder: Path, sampler: str, seed: int, trials: int) -> tuple[float,
 
 def depends(trials: int) -> dict[str, Any]:
     """What a campaign's outcome follows from, beside its sampler and seed."""
-    parts = [program(), *((REPOSITORY / path).read_text() for path in SAMPLING)]
+    sweep = (REPOSITORY / "agent" / "sweep.py").read_text()
+    parts = [program(), repr(constants.find(program(), "cpu")), sweep]
     sha256 = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return {"trials": trials, "tokens": TOKENS, "code_sha256": sha256}
 

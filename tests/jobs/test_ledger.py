@@ -191,6 +191,39 @@ def test_a_disk_that_is_full_pauses_and_leaves_the_ledger_as_it_was(tmp_path: Pa
     assert texts(tmp_path / "ledger.jsonl")[-1] == "fits"
 
 
+def test_a_write_that_fails_after_another_took_over_cuts_off_none_of_that_ones_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync, writers = a_ledger(tmp_path), os.fsync, [1]
+
+    def check() -> None:
+        if writers[-1] > 1:
+            raise Displaced("another holds it")
+
+    def hangs(fd: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        writers.append(2)
+        new = ledger.Ledger(path, 2)
+        for text in ("of the new writer", "of the new writer, too"):
+            new.append("told", text=text)
+        raise OSError(errno.EIO, "the server came back without it")
+
+    book = ledger.Ledger(path, 1, check)
+    monkeypatch.setattr(os, "fsync", hangs)
+    with pytest.raises(Displaced):
+        book.append("told", text="late")
+    assert texts(path)[-2:] == ["of the new writer", "of the new writer, too"]
+
+
+def test_a_ledger_that_something_has_cut_pauses_before_anything_is_added(tmp_path: Path) -> None:
+    path = a_ledger(tmp_path)
+    book = ledger.Ledger(path, 1)
+    os.truncate(path, before := path.stat().st_size // 2)
+    with pytest.raises(Paused, match=r"was cut"):
+        book.append("told", text="after the gap")
+    assert path.stat().st_size == before
+
+
 @pytest.mark.parametrize(("call", "error"), [("fsync", "EIO"), ("write", "ENOSPC")])
 def test_a_disk_that_fails_pauses_and_nothing_half_recorded_is_read_back(
     tmp_path: Path, call: str, error: str

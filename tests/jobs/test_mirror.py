@@ -132,6 +132,21 @@ def test_a_ledger_is_kept_in_chunks_as_it_grows(
     assert len(mirror.load_records(repository, "night")) == 1 + -(-ledger.stat().st_size // 1000)
 
 
+@pytest.mark.parametrize("torn", [b'{"n": 1, "ev', b"x" * 150])
+def test_a_line_that_a_kill_tore_is_not_kept(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+) -> None:
+    monkeypatch.setattr(mirror, "CHUNK", 64)
+    repository, ledger = Repository(lab), tmp_path / "ledger.jsonl"
+    whole = b'{"n": 0, "event": "something that needs more than a chunk"}\n' * 2
+    ledger.write_bytes(whole + torn)
+    mirror.save_ledger(repository, "night", ledger)
+    assert mirror.load_ledger(repository, "night") == whole
+    ledger.write_bytes(whole + b'{"n": 1}\n')  # its next writer cut it off and went on
+    mirror.save_ledger(repository, "night", ledger)
+    assert mirror.load_ledger(repository, "night") == ledger.read_bytes()
+
+
 def test_two_writers_of_one_ledger_lose_none_of_its_lines(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

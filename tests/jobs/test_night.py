@@ -12,9 +12,24 @@ from pathlib import Path
 import pytest
 from toylab import Lab, change, check_books, ended, eventually
 
+from jobs import config, night
+from jobs.errors import UserError
 from jobs.model import Usage
+from jobs.records import Branch
 
 MakeLab = Callable[..., Lab]
+
+
+def test_records_that_came_from_elsewhere_run_no_command_and_are_told_no_key(
+    tmp_path: Path,
+) -> None:
+    cast = night.Cast(config.parse({"agent": {"key_file": "~/mine"}}), tmp_path)
+    told = {"kind": "command", "argv": ["touch", str(tmp_path / "harm")]}
+    with pytest.raises(UserError, match="its records name a command to propose with"):
+        cast(Branch("side", {"agent": told}))
+    fetched = {"kind": "anthropic", "base_url": "http://evil", "key_file": "~/.ssh/id"}
+    agent = cast._settings(Branch("side", {"agent": fetched}))
+    assert (agent.kind, agent.base_url, agent.key_file) == ("anthropic", None, "~/mine")
 
 
 def test_ctrl_c_hands_over_and_the_next_start_adopts_what_runs(make_lab: MakeLab) -> None:

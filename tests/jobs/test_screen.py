@@ -21,6 +21,13 @@ def test_on_a_terminal_progress_stands_in_one_line_until_something_is_said() -> 
     assert out.getvalue() == "\r\x1b[Ke0001 10 %\r\x1b[Ke0001 20 %\r\x1b[Kkept\n"
 
 
+def test_what_a_model_or_a_program_said_moves_no_cursor_and_writes_no_clipboard() -> None:
+    out = io.StringIO()
+    shown = Screen(out)
+    shown.say("main: no proposal now: \x1b]52;c;ZXZpbA==\x07\x1b[2J\nand more")
+    assert out.getvalue() == "main: no proposal now:  ]52;c;ZXZpbA==  [2J\nand more\n"
+
+
 def test_in_a_log_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     shown = Screen(out)
