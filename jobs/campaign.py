@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import VERSION, lab, lease, materialise, mirror, names, snapshot
-from jobs.config import added, to_dict
+from jobs.config import added, parse, to_dict
 from jobs.errors import Paused, UserError, refusals_told
 from jobs.history import State, fold
 from jobs.ledger import Ledger, Lines
@@ -165,7 +165,10 @@ def _open(
             "folder: in campaign.yaml to a place that lasts"
         )
     if not (directory / "ledger.jsonl").exists():
+        restore(config, root)  # its folder was deleted, by a purge of scratch say, or never here
+    if not (directory / "ledger.jsonl").exists():
         check(config, root, repository)
+        _require_unused(config.campaign, repository)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "inbox").mkdir(exist_ok=True)
     _hide(repository, directory)
@@ -224,6 +227,7 @@ def _begin(
         events.append(("campaign_started", payload | dict(common.facts) | {"version": VERSION}))
     else:
         _require_same_facts(state, common)
+        _require_same_measure(state, config)
         if state.config != settings:
             events.append(("config_changed", {"config": settings}))
     for name in config.branches:
@@ -294,6 +298,33 @@ def _require_same_facts(state: State, common: materialise.Site) -> None:
                 f"began: it was {before}, it is {now}; scores would not compare",
                 "Restore it, or begin another campaign (campaign: NAME in campaign.yaml)",
             )
+
+
+def _require_same_measure(state: State, config: Config) -> None:
+    """A score by another metric or after another time is none, either."""
+    then = parse(state.config)
+    for name, before, now in (
+        ("task.metric", then.task.metric, config.task.metric),
+        ("task.direction", then.task.direction, config.task.direction),
+        ("task.scorer", then.task.scorer, config.task.scorer),
+        ("the budget", materialise.budget(then), materialise.budget(config)),
+    ):
+        if before != now:
+            raise Paused(
+                f"{name} changed since this campaign began: it was {before}, it is {now}; scores "
+                "would not compare",
+                "Restore it, or begin another campaign (campaign: NAME in campaign.yaml)",
+            )
+
+
+def _require_unused(campaign: str, repository: Repository) -> None:
+    """Raises UserError: git has experiments of that name, and no records to go on from."""
+    if refs := repository.refs(f"refs/autoresearch/{campaign}"):
+        raise UserError(
+            f"this repository has {len(refs)} refs of a campaign {campaign} and no records of it: "
+            f"get those (autoresearch fetch REMOTE --campaign {campaign}), or choose another name "
+            "(campaign: NAME in campaign.yaml)"
+        )
 
 
 def export_scorer(

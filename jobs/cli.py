@@ -14,6 +14,7 @@ from typing import Any
 
 from agent import keys
 from jobs.errors import AutoresearchError, LeaseHeld, Paused, UserError, refused
+from jobs.names import check_name
 from jobs.options import parser
 from jobs.screen import Screen
 
@@ -111,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.config = arguments.campaign
     if arguments.once:
         return _once(arguments)
+    if arguments.train or arguments.keep or arguments.json or arguments.seed is not None:
+        raise UserError("--train, --seed, --keep and --json belong to run --once (no campaign)")
     from jobs import night
 
     config, root = _config(arguments), _root(arguments)
@@ -154,7 +157,8 @@ def _once(arguments: argparse.Namespace) -> int:
     def say(line: str) -> None:  # standard output is the result's
         print(line, file=sys.stderr, flush=True)
 
-    result = once.run(config, arguments.train, arguments.seed, arguments.keep, say)
+    seed = 1 if arguments.seed is None else arguments.seed
+    result = once.run(config, arguments.train, seed, arguments.keep, say)
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
@@ -482,6 +486,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
     if arguments.named is None:
         return config.load(arguments.config)
+    check_name("campaign", arguments.named)
     if not arguments.config.exists():
         return config.parse({"campaign": arguments.named})
     return dataclasses.replace(config.load(arguments.config), campaign=arguments.named)

@@ -178,7 +178,17 @@ def restore(repository: Repository, campaign: str, folder: Path) -> bool:
             f"campaign {campaign} went on both here and elsewhere: {path} and the records that "
             "were fetched differ. One clone may run it: move this folder away to see the other's"
         )
-    write_whole(path, kept)
+    if path.exists():
+        write_whole(path, kept)
+        return True
+    draft = path.with_name(f"{path.name}.restored-{os.getpid()}")
+    write_whole(draft, kept)
+    try:
+        os.link(draft, path)  # never over the one that another start has just brought back
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
     return True
 
 

@@ -102,7 +102,7 @@ def _run_options(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--once", action="store_true", help="one run of one program, no campaign")
     one.add_argument("--train", type=Path, help="with --once: the program (default: the lab's)")
-    one.add_argument("--seed", type=int, default=1, help="with --once: the run's seed")
+    one.add_argument("--seed", type=int, help="with --once: the run's seed (default: 1)")
     one.add_argument("--keep", type=Path, help="with --once: put the run folder here")
     one.add_argument("--json", action="store_true", help="with --once: print result.json")
 

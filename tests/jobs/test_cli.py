@@ -225,6 +225,8 @@ def test_looking_writes_nothing(looking: Lab, autoresearch: Run) -> None:
         (["init", "new", "--from", "campaigns"], "no campaign in campaigns"),
         (["prepare"], "a task of your own has no corpus"),
         (["run", "--once"], "campaign.yaml has a task of your own"),
+        (["run", "--seed", "3"], "belong to run --once"),
+        (["status", "--campaign", "../x"], "campaign.*begins with '.'|contains '/'"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "the following arguments are required: COMMAND"),
     ],

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -495,3 +496,48 @@ def test_records_and_notes_reach_git_while_it_runs(
     lab.run(look)
     assert [notes for _, notes in seen] == [0, 1]
     assert 0 < seen[0][0] < seen[1][0]
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("task", {"direction": "maximise"}),
+        ("task", {"metric": "other"}),
+        ("task", {"scorer": {"command": ["python", "score.py", "-v"], "files": ["score.py"]}}),
+        ("budget", {"wall": 77}),
+    ],
+)
+def test_another_measure_or_budget_is_no_successor_of_the_earlier_one(
+    make_lab: MakeLab, part: str, changed: dict[str, object]
+) -> None:
+    lab = make_lab(change(X=1))
+    lab.run()
+    before = (lab.folder / "ledger.jsonl").read_bytes()
+    lab.configure(**{part: lab.settings.get(part, {}) | changed})
+    with pytest.raises(Paused, match=r"changed since this campaign began.*would not compare"):
+        lab.run()
+    assert b"config_changed" not in (lab.folder / "ledger.jsonl").read_bytes()[len(before) :]
+
+
+def test_without_its_folder_a_campaign_goes_on_from_the_records_in_git(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1), change(Y=1))
+    lab.configure(limits={"experiments": 2})
+    lab.run()
+    shutil.rmtree(lab.folder)  # scratch was purged
+    lab.configure(limits={})
+    lab.run()
+    assert [record.id for record in lab.state.records] == ["e0001", "e0002", "e0003"]
+    assert set(lab.verdicts().values()) == {"keep"}
+    assert [e["event"] for e in lab.events()].count("campaign_started") == 1
+
+
+def test_the_name_of_a_campaign_without_records_is_not_taken_again(make_lab: MakeLab) -> None:
+    lab = make_lab(change(X=1))
+    lab.run()
+    shutil.rmtree(lab.folder)
+    lab.git("update-ref", "-d", f"refs/autoresearch/{lab.name}/records")
+    refs = lab.git("for-each-ref")
+    with pytest.raises(UserError, match="no records of it: get those"):
+        lab.run()
+    assert lab.git("for-each-ref") == refs
+    assert not lab.folder.exists()
