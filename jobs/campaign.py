@@ -291,30 +291,25 @@ def _require_program(repository: Repository, config: Config, commit: str) -> Non
 def _require_same_facts(state: State, common: materialise.Site) -> None:
     """A score by another referee, data set or image is no successor of the earlier ones."""
     for name in ("evaluator_sha256", "data_manifest_sha256", "container_sha256"):
-        before, now = state.start.get(name), common.facts.get(name)
-        if before != now:
-            raise Paused(
-                f"{name.removesuffix('_sha256').replace('_', ' ')} changed since this campaign "
-                f"began: it was {before}, it is {now}; scores would not compare",
-                "Restore it, or begin another campaign (campaign: NAME in campaign.yaml)",
-            )
+        told = name.removesuffix("_sha256").replace("_", " ")
+        _require_same(told, state.start.get(name), common.facts.get(name))
 
 
 def _require_same_measure(state: State, config: Config) -> None:
     """A score by another metric or after another time is none, either."""
     then = parse(state.config)
-    for name, before, now in (
-        ("task.metric", then.task.metric, config.task.metric),
-        ("task.direction", then.task.direction, config.task.direction),
-        ("task.scorer", then.task.scorer, config.task.scorer),
-        ("the budget", materialise.budget(then), materialise.budget(config)),
-    ):
-        if before != now:
-            raise Paused(
-                f"{name} changed since this campaign began: it was {before}, it is {now}; scores "
-                "would not compare",
-                "Restore it, or begin another campaign (campaign: NAME in campaign.yaml)",
-            )
+    for name in ("metric", "direction", "scorer"):
+        _require_same(f"task.{name}", getattr(then.task, name), getattr(config.task, name))
+    _require_same("the budget", materialise.budget(then), materialise.budget(config))
+
+
+def _require_same(name: str, before: object, now: object) -> None:
+    if before != now:
+        raise Paused(
+            f"{name} changed since this campaign began: it was {before}, it is {now}; scores "
+            "would not compare",
+            "Restore it, or begin another campaign (campaign: NAME in campaign.yaml)",
+        )
 
 
 def _require_unused(campaign: str, repository: Repository) -> None:
